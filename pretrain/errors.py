@@ -1,0 +1,44 @@
+"""Errors that a user can cause and mend: shown as text with a cure, never as a traceback."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about a config: where, what was found, which rule it breaks, what to do."""
+
+    key: str
+    found: object
+    rule: str
+    cure: str
+
+    def __str__(self) -> str:
+        found = repr(self.found)
+        if len(found) > 80:
+            found = found[:77] + "..."
+        return f"  {self.key} = {found}\n      rule: {self.rule}\n      cure: {self.cure}"
+
+
+class UserError(Exception):
+    """Base of all errors that end a command with exit code 2 and no traceback."""
+
+
+class ConfigError(UserError):
+    """All problems of one config, reported together."""
+
+    def __init__(self, source: str, problems: list[Problem]):
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__(f"{source}: {count}\n" + "\n".join(str(p) for p in problems))
+
+
+class DataError(UserError):
+    """A corpus file that is absent, damaged or does not fit the run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is absent, damaged or belongs to other data."""
+
+
+class DivergenceError(UserError):
+    """Training produced numbers that are not finite more often than the guard allows."""
