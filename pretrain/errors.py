@@ -26,7 +26,7 @@ class UserError(Exception):
 class ConfigError(UserError):
     """All problems of one config, reported together."""
 
-    def __init__(self, source: str, problems: list[Problem]):
+    def __init__(self, source: str, problems: list[Problem]) -> None:
         self.problems = problems
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         super().__init__(f"{source}: {count}\n" + "\n".join(str(p) for p in problems))

@@ -1,8 +1,8 @@
 """The recipe: learning rate, batch size and length of a run as pure functions of the token clock.
 
 No torch, no state: whatever a step needs is computed from the clock, so there is no scheduler to
-save and a resumed run cannot be off by one. Semantics are those of the BLOOM run (Megatron-DeepSpeed
-`learning_rates.py` and `microbatches.py`), reproduced to the digit.
+save and a resumed run cannot be off by one. Semantics are those of the BLOOM run (`learning_rates`
+and `microbatches` of Megatron-DeepSpeed), reproduced to the digit.
 
 BLOOM's oddity, decided here: the rate of an update is a function of the samples consumed *before*
 it, so the first update has rate 0; the rate printed in BLOOM's logs is that *after* the step. The

@@ -1,0 +1,22 @@
+"""The language model: `build_model` and its contract.
+
+Every model is an nn.Module with `forward(tokens_bt, targets_bt)`, the fp32 sum over all tokens of
+the negative log likelihood, and `logits(tokens_bt)`.
+"""
+
+from torch import nn
+
+from pretrain.config import BloomModel, HfModel
+from pretrain.model.bloom import Bloom
+
+__all__ = ["Bloom", "build_model"]
+
+
+def build_model(config: BloomModel | HfModel, activation_checkpointing: bool = False) -> nn.Module:
+    """The model that the config describes, freshly initialised from torch's seed."""
+    if isinstance(config, BloomModel):
+        return Bloom(config, activation_checkpointing)
+    # transformers takes seconds to import, and BLOOM does not need it.
+    from pretrain.model.hf import HfCausalLM
+
+    return HfCausalLM(config, activation_checkpointing)

@@ -1,0 +1,191 @@
+"""Reading a run config: TOML plus `key.sub=value` overrides -> Config.
+
+Everything wrong is reported at once: the key, what was found, the rule and the cure.
+"""
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pretrain.config import BloomModel, Config, HfModel, Section, family_of
+from pretrain.config_rules import CHECKS
+from pretrain.errors import ConfigError, Problem
+
+
+def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply overrides, validate everything.
+
+    Relative paths are taken from the working directory. Raises ConfigError with all problems.
+    """
+    tree = read_toml(Path(path))
+    problems = [p for text in overrides or [] if (p := _override(tree, text))]
+    config, found = validate(tree)
+    problems += found
+    if problems or config is None:
+        raise ConfigError(str(path), problems)
+    return config
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tree of a TOML file; ConfigError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(str(path), [Problem("CONFIG", str(path), "a readable TOML file",
+                          f"{error.strerror}: check the path")]) from None  # fmt: skip
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [Problem("CONFIG", str(path), "valid TOML in UTF-8",
+                          str(error))]) from None  # fmt: skip
+
+
+def validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """All problems of a config tree; the config if there are none."""
+    problems: list[Problem] = []
+    try:
+        config = Config.model_validate(_absolute_paths(tree))
+        good: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
+    except ValidationError as error:
+        # A list left too short by errors inside it is no problem of its own.
+        details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
+        config, problems = None, [_explain(detail) for detail in details]
+        good = _valid_sections(tree)
+    for needs, check in CHECKS:
+        if all(need in good for need in needs):
+            problems += check(*(good[need] for need in needs))
+    return (None if problems else config), problems
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors."""
+    return Config.model_json_schema()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf in which two resolved configs differ."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def _override(tree: dict[str, Any], text: str) -> Problem | None:
+    """Apply "a.b=value" to `tree`; the value is TOML, or a plain string where it is not."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return Problem("override", text, "key.sub=value", "for example engine.zero_stage=3")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    node: Any = tree
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        else:
+            node = None
+    if isinstance(node, list) and leaf.isdigit() and int(leaf) < len(node):
+        node[int(leaf)] = parsed
+    elif isinstance(node, dict):
+        node[leaf] = parsed
+    else:
+        return Problem("override", text, "the key must lie inside a section", "check the key")
+    return None
+
+
+def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the tree whose paths are absolute, so that the saved config works from anywhere."""
+
+    def absolute(value: Any) -> Any:
+        return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
+
+    tree = {"directory": "runs", **tree}
+    tree["directory"] = absolute(tree["directory"])
+    if isinstance(data := tree.get("data"), dict):
+        data = dict(data)
+        if "tokenizer" in data:
+            data["tokenizer"] = absolute(data["tokenizer"])
+        if isinstance(sources := data.get("sources"), list):
+            data["sources"] = [
+                {**s, "path": absolute(s["path"])} if isinstance(s, dict) and "path" in s else s
+                for s in sources
+            ]
+        tree["data"] = data
+    return tree
+
+
+# --- explaining ----------------------------------------------------------------------------------
+
+
+def _explain(detail: Any) -> Problem:
+    """A pydantic error in our words: the key, what was found, the rule and the cure."""
+    location = [part for part in detail["loc"] if part not in ("bloom", "hf")]
+    key, found, message = ".".join(map(str, location)), detail.get("input"), detail["msg"]
+    message = message.removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        names = _names_at(detail["loc"][:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1)
+        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
+        return Problem(key, found, "no such key", cure)
+    if detail["type"] == "missing":
+        return Problem(key, None, "the key is required", f"add it ({_describe(detail['loc'])})")
+    if detail["type"] == "union_tag_invalid":
+        return Problem(f"{key}.family", family_of(found), "a known model family",
+                       'use "bloom" or "hf"')  # fmt: skip
+    return Problem(key, found, message[0].lower() + message[1:], f"{_describe(detail['loc'])}")
+
+
+def _names_at(location: tuple[Any, ...]) -> list[str]:
+    section = _section_at(location)
+    return list(section.model_fields) if section else []
+
+
+def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
+    """The section class that a pydantic error location points into."""
+    section: type[Section] = Config
+    for part in location:
+        if part in ("bloom", "hf"):
+            section = BloomModel if part == "bloom" else HfModel
+        elif isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            inner = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+            if inner:
+                section = inner[0]
+    return section
+
+
+def _describe(location: tuple[Any, ...]) -> str:
+    section = _section_at(location[:-1])
+    if section and (field := section.model_fields.get(str(location[-1]))):
+        return field.description or "see `anthesis config --schema`"
+    return "see `anthesis config --schema`"
+
+
+def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
+    """The sections that are valid by themselves, so that cross checks run where they can."""
+    good = {}
+    for name, field in Config.model_fields.items():
+        if name in tree:
+            only = _absolute_paths({name: tree[name]}).get(name)
+            wrapper = type("One", (Section,), {"__annotations__": {"value": field.annotation}})
+            try:
+                good[name] = wrapper(value=only).value
+            except ValidationError:
+                continue
+        elif not field.is_required():
+            good[name] = field.default
+    return good

@@ -1,0 +1,284 @@
+"""The training engine: DeepSpeed ZeRO 1, 2 or 3 behind the few verbs that the loop needs.
+
+DeepSpeed shards and communicates; accumulation, loss scaling, clipping and the settings of each
+step are ours (`managed_gradient_accumulation: false`), so that any batch runs on any ranks and the
+gradient is the mean over the tokens of the global batch, however it is split.
+"""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.config import Engine as EngineConfig
+from pretrain.engine.fragments import Fragment, FragmentMap
+from pretrain.engine.world import World
+from pretrain.optim.groups import DECAYED_ROLES, parameter_roles
+from pretrain.recipe import StepPlan
+
+# Elements of a communication bucket; DeepSpeed's default of 5e8 reserves 2 GB per rank in fp32.
+_BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step's forward and backward passes found; the same on all ranks."""
+
+    loss: float  # mean over the tokens of the global batch, in nats
+    grad_norm: float  # global L2 norm of its gradient, before clipping
+
+
+def deepspeed_settings(config: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's own config, derived from ours: nothing in it is written by hand."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": _BUCKET_ELEMENTS,
+        "allgather_bucket_size": _BUCKET_ELEMENTS,
+    }
+    if config.zero_stage < 3:
+        zero["compute_grad_norm"] = False  # ours, before the step, so that the guard can judge it
+    return {
+        # DeepSpeed insists on these two; neither governs anything under unmanaged accumulation.
+        "train_micro_batch_size_per_gpu": config.micro_batch_samples,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",  # of gradients; the default would round sums to bf16
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**62,
+    }
+
+
+def rows_of_rank(batch_samples: int, world: World) -> tuple[int, int]:
+    """[first, end) of the rows of a global batch that this rank works on: contiguous and even.
+
+    The set of samples in a step does not depend on the number of ranks; only this split does.
+    """
+    first = batch_samples * world.rank // world.size
+    return first, batch_samples * (world.rank + 1) // world.size
+
+
+class ZeroEngine:
+    """A model and its optimizer, sharded over the ranks of `world`.
+
+    `model(tokens_bt, targets_bt)` returns the sum over tokens of the negative log likelihood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        clip_norm: float,
+        world: World,
+    ) -> None:
+        self.config, self.world = config, world
+        self._clip_norm = clip_norm
+        roles = parameter_roles(model)
+        self._engine = _initialize(model, optimizer, config)
+        self._optimizer = self._engine.optimizer
+        parameters = dict(self._engine.module.named_parameters())
+        self._map = FragmentMap(self._optimizer, parameters, roles, config.zero_stage)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; under ZeRO 3 its parameters are whole only inside its modules' passes."""
+        return self._engine.module
+
+    def parameter_count(self) -> int:
+        """Parameters of the whole model."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        return sum(sizes)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank owns, as live views."""
+        return self._map.fragments()
+
+    def forward_backward(self, rows: Tensor, batch_samples: int) -> StepStats:
+        """Accumulate the gradient of this rank's `rows` (n x (T + 1) token ids, n may be 0).
+
+        All ranks make the same number of passes, since the collectives need it: a rank without
+        rows left runs a pass over a single token with weight zero.
+        """
+        self._engine.train()
+        per_rank = -(-batch_samples // self.world.size)
+        micro = self.config.micro_batch_samples
+        tokens_in_batch = batch_samples * (rows.shape[1] - 1)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for first in range(0, per_rank, micro):
+            chunk, weight = rows[first : first + micro], 1.0
+            if len(chunk) == 0:
+                chunk, weight = rows.new_zeros(1, 2), 0.0
+            chunk = chunk.to(self.world.device, non_blocking=True)
+            loss_sum = self._engine(chunk[:, :-1], chunk[:, 1:])
+            # DeepSpeed averages gradients over the ranks; the sum is wanted.
+            self._engine.backward(loss_sum * (weight * self.world.size / tokens_in_batch))
+            total += weight * loss_sum.detach()
+        self._finish_accumulation()
+        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if gradients := self._map.flat_gradients():
+            square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+        loss_and_square = self.world.sum(torch.stack([total / tokens_in_batch, square]))
+        loss, square_norm = loss_and_square.tolist()  # the step's one wait for the device
+        return StepStats(loss, square_norm**0.5)
+
+    def step(self, plan: StepPlan, stats: StepStats) -> None:
+        """Clip to the global norm, then update with exactly the settings of `plan`."""
+        if self._clip_norm and stats.grad_norm > self._clip_norm:
+            scale = self._clip_norm / (stats.grad_norm + 1e-6)
+            torch._foreach_mul_(self._map.flat_gradients(), scale)
+        for group in self._optimizer.param_groups:
+            group["lr"] = plan.learning_rate
+            group["betas"] = plan.betas
+            group["weight_decay"] = plan.weight_decay if group["role"] in DECAYED_ROLES else 0.0
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def discard(self) -> None:
+        """Drop the accumulated gradients; the weights stay as they are."""
+        self._map.discard_gradients()
+
+    def applied(self) -> dict[str, Any]:
+        """Rate, betas and decay of the last step, read back from the inner optimizer's groups."""
+        groups = self._optimizer.param_groups
+        decays = {group["weight_decay"] for group in groups if group["role"] in DECAYED_ROLES}
+        rates = {group["lr"] for group in groups}
+        betas = {tuple(group["betas"]) for group in groups}
+        if len(rates) != 1 or len(decays) > 1 or len(betas) != 1:
+            raise RuntimeError(f"parameter groups disagree: {rates}, {decays}, {betas}")
+        return {"learning_rate": rates.pop(), "betas": betas.pop(), "weight_decay": decays.pop()}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Tensor, batch_samples: int) -> float:
+        """Mean loss over the tokens of `batch_samples` rows, this rank's share of which is `rows`.
+
+        Passes are counted as in `forward_backward`, for ZeRO 3 gathers weights in them.
+        """
+        self._engine.eval()
+        micro = self.config.micro_batch_samples
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for first in range(0, -(-batch_samples // self.world.size), micro):
+            chunk = rows[first : first + micro]
+            idle = len(chunk) == 0
+            chunk = (rows.new_zeros(1, 2) if idle else chunk).to(self.world.device)
+            loss_sum = self._engine(chunk[:, :-1], chunk[:, 1:])
+            total += 0.0 if idle else loss_sum
+        return self.world.sum(total).item() / (batch_samples * (rows.shape[1] - 1))
+
+    # --- state of the inner optimizer that is not a fragment --------------------------------------
+
+    def optimizer_scalars(self) -> dict[str, float]:
+        """State that is one number for all parameters, such as Adam's step count."""
+        scalars: dict[str, set[float]] = {}
+        for master in self._map.masters:
+            for key, value in self._optimizer.optimizer.state.get(master, {}).items():
+                if not torch.is_tensor(value) or value.shape != master.shape:
+                    scalars.setdefault(key, set()).add(float(value))
+        if odd := {key: values for key, values in scalars.items() if len(values) > 1}:
+            raise RuntimeError(f"optimizer scalars differ between parameter groups: {odd}")
+        return {key: values.pop() for key, values in scalars.items()}
+
+    @torch.no_grad()
+    def materialize_state(self) -> None:
+        """Create the inner optimizer's states (which appear at its first step) to be loaded into.
+
+        A step with rate and gradient zero does it for any optimizer; the masters stay as they are.
+        """
+        inner = self._optimizer.optimizer
+        for group in inner.param_groups:
+            group["lr"], group["weight_decay"] = 0.0, 0.0
+        saved = [list(group["params"]) for group in inner.param_groups]
+        for master in self._map.masters:
+            master.grad = torch.zeros_like(master)
+        inner.param_groups[0]["params"] = list(self._map.masters)
+        for group in inner.param_groups[1:]:
+            group["params"] = []
+        inner.step()
+        for group, parameters in zip(inner.param_groups, saved, strict=True):
+            group["params"] = parameters
+        for master in self._map.masters:
+            master.grad = None
+
+    @torch.no_grad()
+    def loaded(self, scalars: dict[str, float]) -> None:
+        """To be called once fragments have been written: set scalars, refresh the weights."""
+        for master in self._map.masters:
+            state = self._optimizer.optimizer.state[master]
+            for key, value in scalars.items():
+                if torch.is_tensor(state[key]):
+                    state[key].fill_(value)
+                else:
+                    state[key] = value
+        self._map.refresh_weights()
+
+    def _finish_accumulation(self) -> None:
+        """Close the accumulation window: reduce what is not reduced yet, lay gradients out flat."""
+        engine, optimizer = self._engine, self._optimizer
+        if self.config.zero_stage == 1:
+            engine._running_engine_step = True  # the boundary, as engine.step() would set it
+            engine.allreduce_gradients()
+            engine._running_engine_step = False
+        else:
+            optimizer.finalize_gradient_accumulation_boundary()
+        self._map.flatten_gradients()
+
+
+def sharded_construction(config: EngineConfig, world: World) -> AbstractContextManager[Any]:
+    """Under ZeRO 3, modules built in this context are sharded as they are built, so that no rank
+    ever holds the whole model. The weights are those of rank 0, hence the same as without it."""
+    if config.zero_stage < 3 or world.size == 1:
+        return nullcontext()
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed()
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_settings(config))
+
+
+def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig) -> Any:
+    """DeepSpeed's engine for `model`, with nothing compiled at run time and quiet logs."""
+    deepspeed = _import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    class Engine(DeepSpeedEngine):
+        """Takes the ZeRO wrapper for stage 1 with bf16 too.
+
+        There DeepSpeed would choose BF16_Optimizer, which all-reduces whole gradients and keeps
+        them elsewhere than the other stages; the ZeRO wrapper does the same arithmetic.
+        """
+
+        def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
+            return ZERO_OPTIMIZATION
+
+        def __del__(self) -> None:
+            """DeepSpeed's own would touch modules that are gone at interpreter exit."""
+
+    deepspeed.init_distributed()  # adopts the process group that join_world made
+    settings = deepspeed_settings(config)
+    return Engine(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        config=settings,
+        config_class=DeepSpeedConfig(settings),
+    )
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed with its shared-memory collective switched off.
+
+    It would be compiled at the first use; killed while compiling, it leaves a lock file on which
+    every later run of the machine waits for ever.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel(logging.WARNING)
+    return deepspeed

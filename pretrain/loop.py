@@ -1,0 +1,89 @@
+"""The training loop."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.checkpoint import Checkpoints, Stateful
+from pretrain.config import Validation
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import Loader
+from pretrain.data.permutation import derive_key
+from pretrain.engine.zero import ZeroEngine, rows_of_rank
+from pretrain.guard import Guard
+from pretrain.observe.observers import Observers
+from pretrain.recipe import Clock, Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the loop works with, wired together by train.py."""
+
+    seed: int
+    recipe: Recipe
+    engine: ZeroEngine
+    loader: Loader
+    guard: Guard
+    observers: Observers
+    checkpoints: Checkpoints
+    validate: "Validator"
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds besides model, optimizer and clock."""
+        return {"guard": self.guard, "observers": self.observers}
+
+
+def train(run: Run, clock: Clock) -> Clock:
+    """Train from `clock` to the end of the recipe."""
+    recipe, engine, saved_at = run.recipe, run.engine, clock
+    if clock.step == 0:
+        run.observers.begin(clock, run.validate(engine))
+    while not recipe.done(clock):
+        began = time.perf_counter()
+        plan = recipe.at(clock)
+        _seed_step(run.seed, clock, engine.world.rank)
+        stats = engine.forward_backward(run.loader.batch(clock, plan), plan.batch_samples)
+        verdict = run.guard.judge(clock, stats)
+        if verdict.apply:
+            engine.step(plan, stats)
+            if engine.applied()["learning_rate"] != plan.learning_rate:
+                raise RuntimeError(f"step {clock.step + 1}: applied {engine.applied()}, not {plan}")
+        else:
+            engine.discard()
+        before, clock = clock, recipe.after(clock, plan)
+        seconds = time.perf_counter() - began
+        loss = run.validate(engine) if run.validate.due(before, clock, recipe) else None
+        run.observers.record(clock, plan, stats, verdict, seconds, loss)
+        if run.checkpoints.due(before, clock):
+            run.checkpoints.save(clock, engine, run.parts)
+            saved_at = clock
+    if saved_at != clock:
+        run.checkpoints.save(clock, engine, run.parts)
+    return clock
+
+
+def _seed_step(seed: int, clock: Clock, rank: int) -> None:
+    """Random numbers (dropout) are a function of seed, step and rank: nothing to save."""
+    torch.manual_seed(derive_key(seed, "step", clock.step, rank) % 2**63)
+
+
+class Validator:
+    """Mean loss on the first `config.samples` held-out samples; they are the same each time."""
+
+    def __init__(self, corpus: Corpus | None, config: Validation) -> None:
+        self._corpus, self._config = corpus, config
+
+    def due(self, before: Clock, after: Clock, recipe: Recipe) -> bool:
+        """Whether to validate after the step from `before` to `after`."""
+        every = self._config.every
+        return every is not None and (every.crossed(before, after) or recipe.done(after))
+
+    def __call__(self, engine: ZeroEngine) -> float | None:
+        """The loss in nats; None where nothing is held out."""
+        if self._corpus is None:
+            return None
+        first, end = rows_of_rank(self._config.samples, engine.world)
+        rows = torch.from_numpy(self._corpus.batch(first, end - first))
+        return engine.evaluate(rows, self._config.samples)

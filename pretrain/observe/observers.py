@@ -1,0 +1,144 @@
+"""Observers: what a person and a file see of each step. They read; they never change the run."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Observe
+from pretrain.engine.zero import StepStats
+from pretrain.guard import Verdict
+from pretrain.observe.metrics import MetricsFile
+from pretrain.quantities import human_count, human_seconds
+from pretrain.recipe import Clock, Recipe, StepPlan
+
+
+class Observers:
+    """Console, metrics.jsonl and TensorBoard; on other ranks than the first they are silent.
+
+    `flops_per_token` and `peak_flops` (of all devices together) give the utilisation.
+    """
+
+    def __init__(
+        self,
+        config: Observe,
+        recipe: Recipe,
+        directory: Path,
+        speaks: bool,
+        flops_per_token: float,
+        peak_flops: float,
+    ) -> None:
+        self._config, self._recipe, self._directory = config, recipe, directory
+        self._speaks = speaks
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._training_seconds = 0.0
+        self._recent_tokens_per_second = 0.0
+        self._file: MetricsFile | None = None
+        self._board: Any = None
+
+    def open(self, clock: Clock) -> None:
+        """Open the records to go on after `clock`, so that curves are unbroken over a resume."""
+        if not self._speaks:
+            return
+        self._file = MetricsFile(self._directory / "metrics.jsonl", clock.step)
+        if self._config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Points past the clock, of steps that are repeated now, are hidden by purge_step.
+            self._board = SummaryWriter(
+                str(self._directory / "tensorboard"), purge_step=clock.tokens + 1
+            )
+
+    def begin(self, clock: Clock, validation_loss: float | None) -> None:
+        """Record the loss before the first step."""
+        if self._speaks and validation_loss is not None:
+            self._write({"step": 0, "samples": 0, "tokens": 0, "validation_loss": validation_loss})
+            print(f"before training: {_validation_text(validation_loss)}", flush=True)
+
+    def record(
+        self,
+        clock: Clock,
+        plan: StepPlan,
+        stats: StepStats,
+        verdict: Verdict,
+        seconds: float,
+        validation_loss: float | None,
+    ) -> None:
+        """Record the step that ended at `clock` after `seconds`."""
+        self._training_seconds += seconds
+        rate = plan.batch_samples * self._recipe.sequence_length / seconds
+        recent = self._recent_tokens_per_second
+        self._recent_tokens_per_second = 0.9 * recent + 0.1 * rate if recent else rate
+        if not self._speaks:
+            return
+        row = {
+            "step": clock.step,
+            "samples": clock.samples,
+            "tokens": clock.tokens,
+            "loss": stats.loss,
+            "lr": plan.learning_rate,
+            "batch_samples": plan.batch_samples,
+            "grad_norm": stats.grad_norm,
+            "tokens_per_second": rate,
+            "model_flops_utilisation": rate * self._flops_per_token / self._peak_flops,
+            "step_seconds": seconds,
+            "training_seconds": self._training_seconds,
+        }
+        if not verdict.apply:
+            row["skipped"] = verdict.reason
+        if validation_loss is not None:
+            row["validation_loss"] = validation_loss
+        self._write(row)
+        every = self._config.console_every_steps
+        if clock.step % every == 0 or row.keys() & {"skipped", "validation_loss"}:
+            print(self.line(row), flush=True)
+
+    def line(self, row: dict[str, Any]) -> str:
+        """One console line of at most 100 columns."""
+        total = self._recipe.total_steps
+        left = self._recipe.total_samples * self._recipe.sequence_length - row["tokens"]
+        text = (
+            f"step {row['step']:>{len(str(total))}}/{total}"
+            f"  tok {human_count(row['tokens']):>5}"
+            f"  loss {row['loss']:.4f}"
+            f"  lr {row['lr']:.2e}"
+            f"  batch {row['batch_samples']}"
+            f"  gnorm {row['grad_norm']:.2f}"
+            f"  {human_count(row['tokens_per_second'])} tok/s"
+            f"  mfu {row['model_flops_utilisation']:.0%}"
+            f"  eta {human_seconds(left / self._recent_tokens_per_second)}"
+        )
+        if "skipped" in row:
+            text = f"step {row['step']} SKIPPED: {row['skipped']}"
+        if "validation_loss" in row:
+            text += f"\n  {_validation_text(row['validation_loss'])}"
+        return text
+
+    def close(self) -> None:
+        """Flush and close the records."""
+        if self._file:
+            self._file.close()
+        if self._board:
+            self._board.close()
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able state."""
+        return {"training_seconds": self._training_seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a state."""
+        self._training_seconds = state["training_seconds"]
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._file is None:
+            raise RuntimeError("open() comes before the first record")
+        self._file.write(row)
+        if self._board:
+            for key, value in row.items():
+                if key not in ("step", "samples", "tokens") and not isinstance(value, str):
+                    self._board.add_scalar(key, value, row["tokens"])
+
+
+def _validation_text(loss: float) -> str:
+    perplexity = math.exp(min(loss, math.log(sys.float_info.max)))
+    return f"validation loss {loss:.4f}, perplexity {human_count(perplexity)}"

@@ -1,0 +1,234 @@
+"""The worker: `python -m pretrain CONFIG [key=value ...]`, the same under every launcher.
+
+This is the only place that wires things together.
+"""
+
+import argparse
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import tomli_w
+import torch
+
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import Config
+from pretrain.config_file import differences, load, read_toml
+from pretrain.data.corpus import Corpus
+from pretrain.data.loader import Loader
+from pretrain.engine.world import World, join_world
+from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
+from pretrain.errors import UserError
+from pretrain.guard import Guard
+from pretrain.loop import Run, Validator, train
+from pretrain.model import build_model
+from pretrain.model.precision import matmul_dtype
+from pretrain.observe.observers import Observers
+from pretrain.observe.throughput import flops_per_token, measure_peak_flops
+from pretrain.optim.registry import build_optimizer
+from pretrain.quantities import human_count
+from pretrain.recipe import Clock
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the worker; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__)
+    parser.add_argument("config", help="a run config in TOML")
+    parser.add_argument("overrides", nargs="*", help="key.sub=value")
+    # The deepspeed launcher passes it; LOCAL_RANK of the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    # torch renames collectives that DeepSpeed calls; nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        config = load(options.config, options.overrides)
+        with join_world(config.timeout.value) as world:
+            train_run(config, world)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train_run(config: Config, world: World) -> Clock:
+    """Train a run to its end, from its newest checkpoint where it has one."""
+    recipe = config.build_recipe()
+    corpus, held_out = _open_data(config)
+    facts = {
+        "model": config.model.model_dump(mode="json"),
+        "data": corpus.fingerprint(),
+    }
+    run_directory = config.run_directory
+    checkpoints = Checkpoints(
+        run_directory / "checkpoints", config.checkpoint, world, facts, config.resolved()
+    )
+    if world.is_first:
+        _prepare_directory(config)
+    world.barrier()
+    newest = checkpoints.newest()
+    if newest is None and config.start == "resume":
+        raise UserError(
+            f"{run_directory}: start=resume, but there is no checkpoint here\n"
+            "  cure: check name and directory, or begin anew with start=fresh"
+        )
+    torch.manual_seed(config.seed)
+    with sharded_construction(config.engine, world):
+        model = build_model(config.model, config.engine.activation_checkpointing)
+    optimizer = build_optimizer(model, config.optimizer)
+    engine = ZeroEngine(model, optimizer, config.engine, config.optimizer.clip_norm, world)
+    parameters = engine.parameter_count()
+    if world.is_first:
+        _check_space(config, parameters)
+    observers = Observers(
+        config.observe,
+        recipe,
+        run_directory,
+        speaks=world.is_first,
+        flops_per_token=flops_per_token(config.model, parameters, config.data.sequence_length),
+        peak_flops=_peak_flops(config, world),
+    )
+    run = Run(
+        seed=config.seed,
+        recipe=recipe,
+        engine=engine,
+        loader=Loader(corpus, recipe, lambda batch: rows_of_rank(batch, world)),
+        guard=Guard(config.guard),
+        observers=observers,
+        checkpoints=checkpoints,
+        validate=Validator(held_out, config.validation),
+    )
+    clock = checkpoints.load(newest, engine, run.parts) if newest else Clock()
+    if world.is_first:
+        _announce(config, world, parameters, corpus, clock, newest)
+        _save_config(config)
+    if recipe.done(clock):
+        return clock
+    observers.open(clock)
+    try:
+        clock = train(run, clock)
+    finally:
+        observers.close()
+    if world.is_first:
+        print(f"done: step {clock.step}, {human_count(clock.tokens)} tokens -> {run_directory}")
+    return clock
+
+
+def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
+    """The training corpus and the held-out one, if any."""
+    data, vocab = config.data, config.model.vocab_size
+    if config.data.tokenizer is not None:
+        _check_vocabulary(config.data.tokenizer, vocab)
+    corpus = Corpus(data, config.seed, vocab, "train")
+    held_out = Corpus(data, config.seed, vocab, "validation") if data.validation_fraction else None
+    return corpus, held_out
+
+
+def _check_vocabulary(folder: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer with more tokens than the model has rows."""
+    from transformers import AutoTokenizer
+
+    try:
+        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"data.tokenizer = {folder}: cannot be loaded: {first_line}\n"
+            "  cure: name a folder that `anthesis tokenizer train` or transformers has written"
+        ) from None
+    if size > vocab_size:
+        raise UserError(
+            f"model.vocab_size = {vocab_size}: the tokenizer {folder} has {size} tokens\n"
+            "  rule: the model needs a row for every token\n"
+            f"  cure: model.vocab_size={-(-size // 128) * 128} (a multiple of 128 is fastest)"
+        )
+
+
+def _prepare_directory(config: Config) -> None:
+    """Make the run's folder; move an earlier run aside where asked."""
+    folder = config.run_directory
+    try:
+        if config.start == "fresh" and folder.exists():
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            print(f"start=fresh: the earlier run now lies in {aside}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror}\n"
+            "  cure: free space, fix the permissions, or set directory=... to another place"
+        ) from None
+
+
+def _save_config(config: Config) -> None:
+    """Save the resolved config with the run, saying what differs from the last start."""
+    saved, resolved = config.run_directory / "config.toml", config.resolved()
+    if saved.exists() and (changes := differences(read_toml(saved), resolved)):
+        print("  changed since the run was last started:\n    " + "\n    ".join(changes))
+    saved.with_suffix(".new").write_text(tomli_w.dumps(resolved), encoding="utf-8")
+    saved.with_suffix(".new").rename(saved)
+
+
+def _check_space(config: Config, parameters: int) -> None:
+    """Refuse to begin where not even two checkpoints fit: the old stays until the new is whole."""
+    needed = 2 * 12 * parameters  # fp32 master and two optimizer states
+    free = shutil.disk_usage(config.run_directory).free
+    if free < needed:
+        raise UserError(
+            f"{config.run_directory}: {human_count(free)}B free\n"
+            f"  rule: two checkpoints of {human_count(needed / 2)}B must fit, since the old one "
+            "stays until the new one is whole\n"
+            "  cure: free space, or set directory=... to a larger disk"
+        )
+
+
+def _peak_flops(config: Config, world: World) -> float:
+    """Matrix-product speed of all devices together, given or measured."""
+    if config.observe.peak_tflops is not None:
+        return config.observe.peak_tflops * 1e12 * world.size
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = matmul_dtype(torch.empty(0, dtype=dtype, device=world.device))
+    measured = measure_peak_flops(world.device, dtype)
+    return world.sum(torch.tensor(measured, device=world.device, dtype=torch.float64)).item()
+
+
+def _announce(
+    config: Config,
+    world: World,
+    parameters: int,
+    corpus: Corpus,
+    clock: Clock,
+    newest: Path | None,
+) -> None:
+    """Say what is about to run."""
+    recipe, engine, batch = config.build_recipe(), config.engine, config.recipe.batch
+    ramp = f"{batch.start} -> {batch.final}" if batch.start else str(batch.final)
+    print(
+        f"{config.name}: {human_count(parameters)} parameters, {world.size} rank(s) on "
+        f"{world.device.type}, ZeRO {engine.zero_stage}, {engine.precision}\n"
+        f"  {recipe.total_steps} steps, {human_count(recipe.total_samples)} samples of "
+        f"{recipe.sequence_length} tokens, batch {ramp}, peak rate "
+        f"{config.recipe.learning_rate.peak:g}"
+    )
+    for row in corpus.summary(recipe.total_samples):
+        print(
+            f"  source {row.source}: {human_count(row.available_tokens)} tokens, "
+            f"{row.share:.1%} of the samples, {row.epochs:.2f} epochs"
+        )
+    if newest is None:
+        print(f"  starts from scratch -> {config.run_directory}", flush=True)
+    elif recipe.done(clock):
+        print(
+            f"already done: step {clock.step} in {newest}\n"
+            "  to begin anew: start=fresh; to train longer: raise recipe.train",
+            flush=True,
+        )
+    else:
+        print(f"  goes on after step {clock.step} ({newest.name})", flush=True)
