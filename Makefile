@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint format setup clean
 

@@ -102,6 +102,9 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from pretrain.config_file import load
+
+    load(options.config, options.overrides)  # says what is wrong before torch is imported
     from pretrain.train import main as worker
 
     return worker([options.config, *options.overrides])

@@ -96,7 +96,8 @@ class Horizon(Quantity):
 
     def crossed(self, before: Any, after: Any) -> bool:
         """Whether a multiple of this horizon lies in (before, after], two clocks."""
-        return getattr(before, self.unit) // self.value < getattr(after, self.unit) // self.value
+        field = "step" if self.unit == "steps" else self.unit
+        return getattr(before, field) // self.value < getattr(after, field) // self.value
 
 
 class Duration(Quantity):

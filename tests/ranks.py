@@ -3,6 +3,8 @@
 They are forked from a server that has imported torch and DeepSpeed once, so a rank starts at once.
 """
 
+import contextlib
+import io
 import multiprocessing
 import os
 import socket
@@ -12,7 +14,9 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before the server imports DeepSpeed
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.original_muon", "pretrain.train"])
+_CONTEXT.set_forkserver_preload(
+    ["deepspeed", "deepspeed.runtime.zero.muon.original_muon", "pretrain.train"]
+)
 TIMEOUT_SECONDS = 240
 
 
@@ -50,6 +54,17 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return results
 
 
+def run_worker(arguments: list[str]) -> tuple[int, str]:
+    """`python -m pretrain ARGUMENTS` as one process: (exit code, all that it printed)."""
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = start_single(_worker_main, sender, arguments)
+    sender.close()
+    assert receiver.poll(TIMEOUT_SECONDS), "no answer in time"
+    answer = receiver.recv()
+    process.join(TIMEOUT_SECONDS)
+    return answer
+
+
 def start_single(function: Callable[..., Any], *arguments: Any) -> multiprocessing.Process:
     """`function(*arguments)` in a process of its own, to be killed by the test."""
     process = _CONTEXT.Process(target=_single_main, args=(function, arguments))
@@ -85,6 +100,19 @@ def _single_main(function, arguments):
 
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def _worker_main(pipe, arguments):
+    from pretrain.train import main
+
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            code = main(arguments)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    pipe.send((code, output.getvalue()))
 
 
 def _free_port() -> int:

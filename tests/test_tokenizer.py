@@ -132,6 +132,7 @@ def test_progress_adds_up_to_the_bytes_of_the_files(tmp_path):
     [
         (b'{"text": "cut', "not JSON"),
         (b"[" * 100_000, "not JSON"),
+        ('{"text": "x"}'.encode("utf-16-be"), "not JSON"),
         (b'{"other": "x"}', "no field 'text'"),
         (b'{"text": null}', "no text in the field 'text'"),
         (b'["text"]', "no text in the field 'text'"),

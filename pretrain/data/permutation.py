@@ -64,8 +64,8 @@ class Permutation:
             raise ValueError(f"a position is outside range({self.size})")
         x = self._permute_power_of_two(x)
         outside = np.flatnonzero(x >= self.size)
-        # The walk returns: each element lies on a cycle that holds its own start. The domain is
-        # less than twice `size`, so on average every other step ends it.
+        # The walk ends: each element lies on a cycle that holds its own start, which is in range.
+        # The domain is less than twice `size`, so a step ends it with more than even odds.
         while outside.size:
             x[outside] = self._permute_power_of_two(x[outside])
             outside = outside[x[outside] >= self.size]

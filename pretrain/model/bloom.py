@@ -216,7 +216,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def alibi_columns(length: int, heads: int, head_dim: int, device: torch.device) -> Tensor:
-    """Extra head columns columns_tnse that make q . k / sqrt(head_dim) include slope * key position.
+    """Columns columns_tnse for q, k, v that make q . k / sqrt(head_dim) include slope * position.
 
     Softmax ignores what all keys of a query share, so this equals ALiBi, without a t x t mask and
     with the kernels' own causality. Slope and position enter as sums of bf16 numbers, one column
