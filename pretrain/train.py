@@ -30,6 +30,8 @@ from pretrain.optim.registry import build_optimizer
 from pretrain.quantities import human_count
 from pretrain.recipe import Clock
 
+_FIRST_LOOK_SAMPLES = 16
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the worker; returns the exit code."""
@@ -82,7 +84,7 @@ def train_run(config: Config, world: World) -> Clock:
     engine = ZeroEngine(model, optimizer, config.engine, config.optimizer.clip_norm, world)
     parameters = engine.parameter_count()
     if world.is_first:
-        _check_space(config, parameters)
+        _check_space(config, parameters, resuming=newest is not None)
     observers = Observers(
         config.observe,
         recipe,
@@ -124,6 +126,7 @@ def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
         _check_vocabulary(config.data.tokenizer, vocab)
     corpus = Corpus(data, config.seed, vocab, "train")
     held_out = Corpus(data, config.seed, vocab, "validation") if data.validation_fraction else None
+    corpus.batch(0, _FIRST_LOOK_SAMPLES)  # tokens outside the vocabulary show before step 1
     return corpus, held_out
 
 
@@ -176,15 +179,16 @@ def _save_config(config: Config) -> None:
     saved.with_suffix(".new").rename(saved)
 
 
-def _check_space(config: Config, parameters: int) -> None:
-    """Refuse to begin where not even two checkpoints fit: the old stays until the new is whole."""
-    needed = 2 * 12 * parameters  # fp32 master and two optimizer states
+def _check_space(config: Config, parameters: int, resuming: bool) -> None:
+    """Refuse to begin where two checkpoints (one more, if there is one) do not fit."""
+    size = 12 * parameters  # fp32 master and two optimizer states
+    needed = size if resuming else 2 * size
     free = shutil.disk_usage(config.run_directory).free
     if free < needed:
         raise UserError(
             f"{config.run_directory}: {human_count(free)}B free\n"
-            f"  rule: two checkpoints of {human_count(needed / 2)}B must fit, since the old one "
-            "stays until the new one is whole\n"
+            f"  rule: two checkpoints of {human_count(size)}B must fit, since the old one stays "
+            "until the new one is whole\n"
             "  cure: free space, or set directory=... to a larger disk"
         )
 

@@ -1,5 +1,7 @@
 """The engine on real ranks: ZeRO 1, 2, 3 against one process, fragments, accumulation, discard."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -257,7 +259,7 @@ def test_rows_are_dealt_whole_and_evenly():
     for size, batch in ((24, 16), (6, 208), (384, 16), (384, 2048), (5, 5), (1, 7)):
         shares = [rows_of_rank(batch, World(r, size, torch.device("cpu"))) for r in range(size)]
         assert [shares[0][0], shares[-1][1]] == [0, batch]
-        assert all(a[1] == b[0] for a, b in zip(shares, shares[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(shares))
         lengths = [end - first for first, end in shares]
         assert max(lengths) - min(lengths) <= 1
 

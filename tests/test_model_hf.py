@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_model import VOCABULARY, randomised, sample, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
@@ -14,6 +13,7 @@ from pretrain.errors import CheckpointError, ConfigError, UserError
 from pretrain.model import Bloom, build_model
 from pretrain.model import hf as hf_module
 from pretrain.model.hf import HfCausalLM, bloom_hf_config, export_hf, import_hf
+from tests.test_model import VOCABULARY, randomised, sample, tiny
 
 TINY_LLAMA = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -194,7 +194,7 @@ def test_a_finished_run_says_so(tmp_path):
 
 
 def test_retention(tmp_path):
-    path, run = run_to_step_8(tmp_path, "checkpoint.every=1 steps", "checkpoint.keep_every=3 steps")
+    _, run = run_to_step_8(tmp_path, "checkpoint.every=1 steps", "checkpoint.keep_every=3 steps")
     kept = sorted(folder.name for folder in (run / "checkpoints").glob("step-*"))
     assert kept == ["step-0000003", "step-0000006", "step-0000007", "step-0000008"]
     assert not list((run / "checkpoints").glob(".partial*"))

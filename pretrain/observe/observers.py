@@ -98,15 +98,15 @@ class Observers:
         total = self._recipe.total_steps
         left = self._recipe.total_samples * self._recipe.sequence_length - row["tokens"]
         text = (
-            f"step {row['step']:>{len(str(total))}}/{total}"
-            f"  tok {human_count(row['tokens']):>5}"
+            f"{row['step']:>{len(str(total))}}/{total}"
+            f"  {human_count(row['tokens'])} tok"
             f"  loss {row['loss']:.4f}"
             f"  lr {row['lr']:.2e}"
-            f"  batch {row['batch_samples']}"
-            f"  gnorm {row['grad_norm']:.2f}"
-            f"  {human_count(row['tokens_per_second'])} tok/s"
+            f"  bs {row['batch_samples']}"
+            f"  norm {row['grad_norm']:.3g}"
+            f"  {human_count(row['tokens_per_second'])}/s"
             f"  mfu {row['model_flops_utilisation']:.0%}"
-            f"  eta {human_seconds(left / self._recent_tokens_per_second)}"
+            f"  eta {human_seconds(max(0, left) / self._recent_tokens_per_second)}"
         )
         if "skipped" in row:
             text = f"step {row['step']} SKIPPED: {row['skipped']}"
