@@ -7,6 +7,7 @@ import argparse
 import shutil
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import tomli_w
@@ -78,7 +79,9 @@ def train_run(config: Config, world: World) -> Clock:
             "  cure: check name and directory, or begin anew with start=fresh"
         )
     torch.manual_seed(config.seed)
-    with sharded_construction(config.engine, world):
+    # transformers' own initialisation does not reach weights that are already sharded.
+    own = config.model.family == "bloom"
+    with sharded_construction(config.engine, world) if own else nullcontext():
         model = build_model(config.model, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer)
     engine = ZeroEngine(model, optimizer, config.engine, config.optimizer.clip_norm, world)

@@ -14,7 +14,7 @@ LENGTH = 12
 STAGES = (1, 2, 3)
 
 
-def build(stage, world, precision="fp32", micro=2, clip=1.0):
+def build(stage, world, precision="fp32", micro=2, clip=1.0, recompute=False):
     """An engine and the model it began from (a copy, unsharded)."""
     from pretrain.engine.zero import ZeroEngine, sharded_construction
     from pretrain.model.bloom import Bloom
@@ -25,7 +25,7 @@ def build(stage, world, precision="fp32", micro=2, clip=1.0):
     reference = Bloom(MODEL)
     torch.manual_seed(1)
     with sharded_construction(config, world):
-        model = Bloom(MODEL)
+        model = Bloom(MODEL, activation_checkpointing=recompute)
     engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, clip, world)
     return engine, reference
 
@@ -235,6 +235,24 @@ def accumulate(world, stage, precision):
 def test_accumulation_and_reduction_are_fp32(stage, precision):
     # bf16 sums over 16 micro-batches or over ranks would be off by 1e-3 and more
     assert max(run_ranks(2, accumulate, stage, precision)) < 2e-6
+
+
+def recompute_activations(world, stage, precision):
+    runs = []
+    for recompute in (False, True):
+        engine, _ = build(stage, world, precision, recompute=recompute)
+        runs.append([engine_step(engine, step, batch) for step, batch in enumerate([4, 1, 5])])
+    return runs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing_changes_nothing(stage, precision):
+    for plain, recomputed in run_ranks(2, recompute_activations, stage, precision):
+        assert [s.loss for s in recomputed] == pytest.approx([s.loss for s in plain], rel=1e-6)
+        assert [s.grad_norm for s in recomputed] == pytest.approx(
+            [s.grad_norm for s in plain], rel=1e-5
+        )
 
 
 def idle_ranks(world, stage):

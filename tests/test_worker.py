@@ -172,14 +172,24 @@ def test_every_way_to_start_is_the_same_worker(tmp_path):
         assert losses == pytest.approx(curves["python"], abs=1e-5)
 
 
+def train_plainly(world, path, overrides):
+    from pretrain.train import train_run
+
+    train_run(load(path, overrides), world)
+
+
 def test_another_architecture_trains(tmp_path):
     llama = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
              "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
     path = write_config(tmp_path, model={"family": "hf", "vocab_size": VOCAB, "config": llama})
-    code, output = run_worker([str(path), "engine.zero_stage=3"])
-    assert code == 0, output
-    rows = [row for row in read_metrics(tmp_path / "runs/tiny/metrics.jsonl") if "loss" in row]
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.2
+    losses = []
+    for ranks, stage in ((1, 1), (2, 3)):
+        name = f"ranks{ranks}"
+        run_ranks(ranks, train_plainly, path, [f"name={name}", f"engine.zero_stage={stage}"])
+        rows = read_metrics(tmp_path / "runs" / name / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0][-1] < losses[0][0] - 0.2
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_an_unknown_architecture_is_refused(tmp_path):
@@ -273,6 +283,31 @@ def test_metrics_drop_steps_that_will_be_repeated(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     MetricsFile(path, 2).write({"step": 3, "again": True})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_tensorboard_curves_are_unbroken_over_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from pretrain.config import Observe
+    from pretrain.engine.zero import StepStats
+    from pretrain.guard import Verdict
+    from pretrain.observe.observers import Observers
+
+    recipe = load(write_config(tmp_path)).build_recipe()
+    for first, last, loss in ((0, 5, 1.0), (3, 6, 2.0)):  # cut after 5, saved at 3
+        observers = Observers(Observe(), recipe, tmp_path, True, 1.0, 1.0)
+        clock = recipe.clock_at(step=first)
+        observers.open(clock)
+        while clock.step < last:
+            plan = recipe.at(clock)
+            clock = recipe.after(clock, plan)
+            observers.record(clock, plan, StepStats(loss, 1.0), Verdict(True), 0.1, None)
+        observers.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    points = [(event.step, event.value) for event in board.Scalars("loss")]
+    tokens = [recipe.clock_at(step=step).tokens for step in range(1, 7)]
+    assert points == list(zip(tokens, [1.0] * 3 + [2.0] * 3, strict=True))
 
 
 def test_from_text_to_export(tmp_path, capsys):
