@@ -39,7 +39,7 @@ class BloomModel(Section):
         "get it divided by sqrt(2 layers)",
     )
     layernorm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    dropout: Fraction = Field(0.0, description="after the embedding, attention and MLP")
+    dropout: Fraction = Field(0.0, description="inside and after attention, and after the MLP")
     residual: bool = Field(True, description="false removes the skip connections (for studies)")
 
 

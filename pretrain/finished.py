@@ -1,6 +1,7 @@
 """What one does with a run's model: evaluate, export, sample. One process; needs no engine."""
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from pretrain.model import build_model
 
 def load_model(run_directory: Path) -> tuple[Config, nn.Module]:
     """The config of a run and its model with the fp32 weights of the newest checkpoint."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else warns
     checkpoint = newest_checkpoint(run_directory)
     config = load(run_directory / "config.toml")
     masters = read_masters(checkpoint)
