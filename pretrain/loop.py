@@ -48,7 +48,7 @@ def train(run: Run, clock: Clock) -> Clock:
         verdict = run.guard.judge(clock, stats)
         if verdict.apply:
             engine.step(plan, stats)
-            if engine.applied()["learning_rate"] != plan.learning_rate:
+            if engine.applied() != plan.settings:
                 raise RuntimeError(f"step {clock.step + 1}: applied {engine.applied()}, not {plan}")
         else:
             engine.discard()

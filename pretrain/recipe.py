@@ -33,6 +33,15 @@ class StepPlan:
     weight_decay: float
     betas: tuple[float, float]
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the optimizer must report back as applied."""
+        return {
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": self.betas,
+        }
+
 
 @dataclass(frozen=True)
 class WarmupCosine:

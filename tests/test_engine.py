@@ -42,9 +42,7 @@ def engine_step(engine, step, batch, rate=1e-2):
     plan = StepPlan(batch, rate * (1 + step % 3), 0.1, (0.9, 0.95))
     stats = engine.forward_backward(rows_for(step, batch)[first:end], batch)
     engine.step(plan, stats)
-    assert engine.applied() == {
-        "learning_rate": plan.learning_rate, "betas": plan.betas, "weight_decay": 0.1
-    }  # fmt: skip
+    assert engine.applied() == plan.settings
     return stats
 
 
