@@ -62,7 +62,8 @@ def train_run(config: Config, world: World) -> Clock:
     recipe = config.build_recipe()
     corpus, held_out = _open_data(config)
     facts = {
-        "model": config.model.model_dump(mode="json"),
+        # Initialisation is over once there is a checkpoint, and dropout may change.
+        "model": config.model.model_dump(mode="json", exclude={"init_std", "dropout"}),
         "data": corpus.fingerprint(),
     }
     run_directory = config.run_directory

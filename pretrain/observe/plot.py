@@ -57,8 +57,9 @@ def plot_run(run_directory: Path, target: Path) -> Path:
     return target
 
 
-def _smooth(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run, corrected for its start."""
+    weight = min(0.99, max(0.0, 1 - 50 / len(values)))
     average, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value
