@@ -119,7 +119,7 @@ def _report() -> None:
         f"  {EXPORT}          a model that transformers loads\n"
         "Next:\n"
         f'  anthesis sample {RUN} "import os"\n'
-        f"  anthesis train {CONFIG} recipe.train=500k recipe.learning_rate.decay=500k\n"
+        f"  anthesis train {CONFIG} recipe.train=1M recipe.learning_rate.decay=1M\n"
         f"  torchrun --nproc-per-node 2 -m pretrain {CONFIG} name=two engine.zero_stage=3\n"
         "The commands are in .venv/bin."
     )
