@@ -152,7 +152,7 @@ class Embedding(nn.Embedding):
         super().__init__(rows, columns)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        _draw(self.weight, self.std)
 
 
 class Linear(nn.Linear):
@@ -163,11 +163,18 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        _draw(self.weight, self.std)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def _draw(weight: Tensor, std: float) -> None:
+    """Fill with N(0, std), drawn in fp32: a model that `zero.Init` makes in bf16 starts from the
+    rounded weights of the fp32 one, whatever the stage."""
+    with torch.no_grad():
+        weight.copy_(torch.normal(0.0, std, weight.shape, device=weight.device))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
