@@ -140,6 +140,15 @@ class Shard:
             "the index is damaged: encode or copy the source again",
         )
 
+    @property
+    def sequence_lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32 [sequences], mapped from the file."""
+        return self._lengths
+
+    def sequence_starts(self, sequences: np.ndarray) -> np.ndarray:
+        """Token offsets at which `sequences` begin, int64."""
+        return self._pointers[sequences] // self.dtype.itemsize
+
     def document_at(self, token_offset: int) -> int:
         """The document that holds a token; O(log documents)."""
         if not 0 <= token_offset < self.tokens:
