@@ -12,10 +12,23 @@ from pretrain.model.bloom import Bloom
 __all__ = ["Bloom", "build_model"]
 
 
-def build_model(config: BloomModel | HfModel, activation_checkpointing: bool = False) -> nn.Module:
-    """The model that the config describes, freshly initialised from torch's seed."""
+def build_model(
+    config: BloomModel | HfModel,
+    activation_checkpointing: bool = False,
+    end_of_text: int | None = None,
+) -> nn.Module:
+    """The model that the config describes, freshly initialised from torch's seed.
+
+    With `end_of_text`, the id of the token that ends a document, attention stays inside each
+    document (see `Bloom`); ValueError for models of transformers, which cannot do so.
+    """
     if isinstance(config, BloomModel):
-        return Bloom(config, activation_checkpointing)
+        return Bloom(config, activation_checkpointing, end_of_text)
+    if end_of_text is not None:
+        raise ValueError(
+            "attention inside documents needs family = 'bloom': use it, or data.attention = "
+            "'window'"
+        )
     # transformers takes seconds to import, and BLOOM does not need it.
     from pretrain.model.hf import HfCausalLM
 

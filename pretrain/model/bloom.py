@@ -2,7 +2,7 @@
 
 Parameters are named and laid out as in transformers.BloomForCausalLM, so a state dict loads both
 ways. Shape suffixes: b batch, t token, h hidden, v vocabulary, n head, d head dimension, e head
-dimension with ALiBi columns, s query/key/value.
+dimension with ALiBi and document columns, s query/key/value, m bit of a document's number.
 
 A module touches parameters only inside its own forward: ZeRO-3 gathers them by hooks on modules.
 """
@@ -23,14 +23,29 @@ from pretrain.model.precision import matmul_dtype
 
 POSITION_LIMIT = 2**16
 SLOPE_PARTS, POSITION_PARTS = 3, 2
+# What takes keys of other documents out, before the scale: far more than scores ever differ by. No
+# larger, because kernels may subtract such scores from each other, whose rounding (here about 1)
+# must not overflow exp.
+DOCUMENT_WALL = 2.0**20
 
 
 class Bloom(nn.Module):
-    """A BLOOM language model. `activation_checkpointing` keeps only the inputs of the blocks."""
+    """A BLOOM language model. `activation_checkpointing` keeps only the inputs of the blocks.
 
-    def __init__(self, config: BloomModel, activation_checkpointing: bool = False) -> None:
+    With `end_of_text`, the id of the token that ends a document and belongs to it, a token attends
+    only to its own document. The loss remains BLOOM's: where a document ends, the target is the
+    first token of the next, one such target a document. ValueError if the vocabulary has no such
+    id.
+    """
+
+    def __init__(
+        self,
+        config: BloomModel,
+        activation_checkpointing: bool = False,
+        end_of_text: int | None = None,
+    ) -> None:
         super().__init__()
-        self.transformer = Trunk(config, activation_checkpointing)
+        self.transformer = Trunk(config, activation_checkpointing, end_of_text)
         self.lm_head = Head(self.transformer.word_embeddings)
 
     def forward(self, tokens_bt: Tensor, targets_bt: Tensor | None = None) -> Tensor:
@@ -46,12 +61,17 @@ class Bloom(nn.Module):
 class Trunk(nn.Module):
     """All but the head: tokens_bt -> hidden_bth."""
 
-    def __init__(self, config: BloomModel, activation_checkpointing: bool) -> None:
+    def __init__(
+        self, config: BloomModel, activation_checkpointing: bool, end_of_text: int | None
+    ) -> None:
         super().__init__()
+        if end_of_text is not None and not 0 <= end_of_text < config.vocab_size:
+            raise ValueError(f"end_of_text = {end_of_text}: ids end at {config.vocab_size - 1}")
         hidden, epsilon = config.hidden_size, config.layernorm_epsilon
         std = config.init_std or math.sqrt(1 / (3 * hidden))
         self.heads, self.head_dim = config.heads, hidden // config.heads
         self.activation_checkpointing = activation_checkpointing
+        self.end_of_text = end_of_text
         self.word_embeddings = Embedding(config.vocab_size, hidden, std)
         self.word_embeddings_layernorm = nn.LayerNorm(hidden, epsilon)
         self.h = nn.ModuleList(Block(config, std) for _ in range(config.layers))
@@ -60,13 +80,14 @@ class Trunk(nn.Module):
     def forward(self, tokens_bt: Tensor) -> Tensor:
         x_bth = self.word_embeddings_layernorm(self.word_embeddings(tokens_bt))
         # Made here and not kept as a buffer: DeepSpeed would cast a buffer to bf16.
-        columns_tnse = alibi_columns(tokens_bt.shape[1], self.heads, self.head_dim, x_bth.device)
-        columns_tnse = columns_tnse.to(matmul_dtype(x_bth))
+        columns_btnse = attention_columns(
+            tokens_bt, self.heads, self.head_dim, matmul_dtype(x_bth), self.end_of_text
+        )
         for block in self.h:
             if self.activation_checkpointing and self.training:
-                x_bth = checkpoint(block, x_bth, columns_tnse, use_reentrant=False)
+                x_bth = checkpoint(block, x_bth, columns_btnse, use_reentrant=False)
             else:
-                x_bth = block(x_bth, columns_tnse)
+                x_bth = block(x_bth, columns_btnse)
         return self.ln_f(x_bth)
 
 
@@ -83,8 +104,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(hidden, epsilon)
         self.mlp = Mlp(config, std, out_std)
 
-    def forward(self, x_bth: Tensor, columns_tnse: Tensor) -> Tensor:
-        attended_bth = self.self_attention(self.input_layernorm(x_bth), columns_tnse)
+    def forward(self, x_bth: Tensor, columns_btnse: Tensor) -> Tensor:
+        attended_bth = self.self_attention(self.input_layernorm(x_bth), columns_btnse)
         x_bth = x_bth + attended_bth if self.residual else attended_bth
         mlp_bth = self.mlp(self.post_attention_layernorm(x_bth))
         return x_bth + mlp_bth if self.residual else mlp_bth
@@ -100,11 +121,11 @@ class Attention(nn.Module):
         self.dense = Linear(config.hidden_size, config.hidden_size, out_std)
         self.dropout = config.dropout
 
-    def forward(self, x_bth: Tensor, columns_tnse: Tensor) -> Tensor:
+    def forward(self, x_bth: Tensor, columns_btnse: Tensor) -> Tensor:
         batch, length, hidden = x_bth.shape
         qkv_btnsd = self.query_key_value(x_bth).view(batch, length, self.heads, 3, self.head_dim)
         # The columns may be fp32 where the model is bf16 (see matmul_dtype): cat then promotes.
-        qkv_btnse = torch.cat([qkv_btnsd, columns_tnse.expand(batch, *columns_tnse.shape)], dim=-1)
+        qkv_btnse = torch.cat([qkv_btnsd, columns_btnse], dim=-1)
         query_bnte, key_bnte, value_bnte = qkv_btnse.transpose(1, 2).unbind(3)
         mixed_bnte = F.scaled_dot_product_attention(
             query_bnte,
@@ -216,20 +237,52 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
 
 
-def alibi_columns(length: int, heads: int, head_dim: int, device: torch.device) -> Tensor:
+def attention_columns(
+    tokens_bt: Tensor, heads: int, head_dim: int, dtype: torch.dtype, end_of_text: int | None
+) -> Tensor:
+    """Columns columns_btnse for q, k, v: those of ALiBi and, with `end_of_text`, some that keep
+    attention inside each document.
+
+    Documents of a window are numbered in binary, with a column for each bit: query columns hold
+    -DOCUMENT_WALL * bit, key columns 1 - bit. Inside a document each of these products is exactly
+    0; an earlier document, whose number is smaller, lacks at least one bit of the query's, and its
+    weight underflows to exactly 0. Later ones are left to the kernels' causality. So the kernels
+    without a mask serve here too, and the position of a document changes nothing else.
+    """
+    batch, length = tokens_bt.shape
+    bits = 0 if end_of_text is None else max(1, (length - 1).bit_length())
+    columns_tnse = alibi_columns(length, heads, head_dim, tokens_bt.device, spare=bits).to(dtype)
+    columns_btnse = columns_tnse.expand(batch, *columns_tnse.shape)
+    if end_of_text is None:
+        return columns_btnse
+    ends_bt = (tokens_bt == end_of_text).long()
+    document_bt = ends_bt.cumsum(1) - ends_bt
+    bit_m = torch.arange(bits, device=tokens_bt.device)
+    bits_btnm = (document_bt[:, :, None, None] >> bit_m & 1).to(dtype)
+    columns_btnse = columns_btnse.clone()
+    columns_btnse[:, :, :, 0, -bits:] = -DOCUMENT_WALL * bits_btnm
+    columns_btnse[:, :, :, 1, -bits:] = 1 - bits_btnm
+    return columns_btnse
+
+
+def alibi_columns(
+    length: int, heads: int, head_dim: int, device: torch.device, spare: int = 0
+) -> Tensor:
     """Columns columns_tnse for q, k, v that make q . k / sqrt(head_dim) include slope * position.
 
     Softmax ignores what all keys of a query share, so this equals ALiBi, without a t x t mask and
     with the kernels' own causality. Slope and position enter as sums of bf16 numbers, one column
     per pair, so that bf16 (or TF32) products are exact. Zeros fill up to a multiple of 8, as the
-    kernels want, also for the values: kernels need one head dimension for all three.
+    kernels want, also for the values: kernels need one head dimension for all three. The last
+    `spare` columns (or more) are zeros, for the caller.
     """
     if length > POSITION_LIMIT:
         raise ValueError(f"{length} positions; ALiBi columns are exact up to {POSITION_LIMIT}")
     slopes = torch.tensor(alibi_slopes(heads), device=device) * math.sqrt(head_dim)
     positions = torch.arange(length, device=device, dtype=torch.float32)
     pairs = list(product(_bf16_parts(slopes, SLOPE_PARTS), _bf16_parts(positions, POSITION_PARTS)))
-    width = len(pairs) + -(head_dim + len(pairs)) % 8
+    width = len(pairs) + spare
+    width += -(head_dim + width) % 8
     columns_tnse = torch.zeros(length, heads, 3, width, device=device)
     for column, (slope_n, position_t) in enumerate(pairs):
         columns_tnse[:, :, 0, column] = slope_n
