@@ -66,22 +66,72 @@ def _parser() -> argparse.ArgumentParser:
 
     command("demo", _demo, "from this machine's Python sources to a trained and exported BLOOM")
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer")
-    into = tokenizer.add_subparsers(metavar="COMMAND", required=True)
-    sub = command("train", _tokenizer_train, "train BLOOM's byte-level BPE on text", into)
-    sub.add_argument("inputs", nargs="+", type=Path, help=".jsonl, .jsonl.gz or text files")
-    sub.add_argument("--output", required=True, type=Path, help="folder to write")
-    sub.add_argument("--vocab-size", required=True, type=int)
-    sub.add_argument("--field", default="text", help="of a JSON line (text)")
+    _tokenizer_commands(command, commands)
+    _corpus_commands(command, commands)
+    return parser
 
-    corpus = commands.add_parser("corpus", help="encode text for training")
+
+def _tokenizer_commands(command: Callable[..., argparse.ArgumentParser], commands: Any) -> None:
+    tokenizer = commands.add_parser("tokenizer", help="train, import and inspect tokenizers")
+    into = tokenizer.add_subparsers(metavar="COMMAND", required=True)
+    sub = command("train", _tokenizer_train, "train a tokenizer as its config says", into)
+    sub.add_argument("config", help="a tokenizer config in TOML, see configs/tokenizer")
+    sub.add_argument("overrides", nargs="*", help="key=value")
+
+    text = "make a folder of a byte-level BPE in GPT-2's two files"
+    sub = command("import", _tokenizer_import, text, into)
+    sub.add_argument("--vocab", required=True, type=Path, help="JSON of token -> id")
+    sub.add_argument("--merges", required=True, type=Path, help="two tokens a line")
+    sub.add_argument("--end-of-text", required=True, help="the token that ends a document")
+    sub.add_argument("--output", required=True, type=Path, help="folder to write")
+
+    sub = command("inspect", _tokenizer_inspect, "what tokenizers make of text, by source", into)
+    sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    sub.add_argument("--inputs", nargs="+", required=True, help="files or globs; each is a source")
+    sub.add_argument("--documents", type=int, default=1000, help="looked at in a source (1000)")
+    sub.add_argument("--field", default="text", help="of a JSON line or a row (text)")
+    sub.add_argument("--plot", type=Path, help="also draw the fertility to this PNG")
+
+
+def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: Any) -> None:
+    corpus = commands.add_parser("corpus", help="encode text for training, and look at it")
     into = corpus.add_subparsers(metavar="COMMAND", required=True)
-    sub = command("encode", _corpus_encode, "text -> PREFIX.bin, PREFIX.idx (Megatron MMap)", into)
-    sub.add_argument("inputs", nargs="+", type=Path, help=".jsonl, .jsonl.gz or text files")
+    text = "text -> PREFIX.bin, .idx (Megatron MMap) and .json; goes on where it stopped"
+    sub = command("encode", _corpus_encode, text, into)
+    sub.add_argument(
+        "inputs",
+        nargs="+",
+        help="files or globs of .jsonl, .parquet, .arrow or text, also .gz and .zst; "
+        "hub:NAME[@REVISION][:CONFIG[:SPLIT]]",
+    )
     sub.add_argument("--tokenizer", required=True, type=Path, help="folder of the tokenizer")
     sub.add_argument("--output", required=True, type=Path, metavar="PREFIX")
-    sub.add_argument("--field", default="text", help="of a JSON line (text)")
-    return parser
+    sub.add_argument("--field", default="text", help="of a JSON line or a row (text)")
+    sub.add_argument("--on-error", choices=("stop", "skip"), default="stop",
+                     help="at a line that is no document (stop)")  # fmt: skip
+    sub.add_argument("--dedup", nargs="+", choices=("lines", "documents"), default=(),
+                     help="drop exact repetitions, as BLOOM did")  # fmt: skip
+    sub.add_argument("--workers", type=int, help="processes that encode (one a core)")
+    sub.add_argument("--restart", action="store_true", help="begin anew, discarding what is there")
+
+    sub = command("check", _corpus_check, "verify checksums and layout of shards in full", into)
+    sub.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX")
+
+    text = "a document of a shard; a sample or the batch of a step of a run, as text"
+    sub = command("show", _corpus_show, text, into)
+    sub.add_argument("target", type=Path, metavar="PREFIX|RUN|CONFIG")
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--document", type=int, metavar="N", help="of PREFIX, from 0")
+    what.add_argument("--sample", type=int, metavar="N", help="of the run, from 0")
+    what.add_argument("--step", type=int, metavar="N", help="of the run, from 1")
+    sub.add_argument("--full", action="store_true", help="with --step: all of the text")
+    sub.add_argument("--validation", action="store_true", help="--sample of the held-out text")
+    sub.add_argument("--tokenizer", type=Path, help="default: that of PREFIX.json or the config")
+
+    text = "tokens and share of each source and, of a run, its epochs"
+    sub = command("stats", _corpus_stats, text, into)
+    sub.add_argument("targets", nargs="+", type=Path, metavar="PREFIX|RUN|CONFIG")
+    sub.add_argument("--plot", type=Path, help="also draw it to this PNG")
 
 
 def _config(options: argparse.Namespace) -> int:
@@ -143,19 +193,93 @@ def _demo(_: argparse.Namespace) -> int:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
-    from tokenizer.documents import read_documents
-    from tokenizer.train import save, train_bpe
+    from tokenizer.config import load_tokenizer_config
+    from tokenizer.train import train
 
-    trained = train_bpe(read_documents(options.inputs, options.field), options.vocab_size)
-    save(trained, options.output)
-    print(f"{trained.get_vocab_size()} tokens -> {options.output}")
+    print(train(load_tokenizer_config(options.config, options.overrides)))
+
+
+def _tokenizer_import(options: argparse.Namespace) -> None:
+    from tokenizer.folder import import_bpe
+
+    loaded = import_bpe(options.vocab, options.merges, options.end_of_text, options.output)
+    print(f"{loaded.vocab_size} tokens -> {options.output}")
+
+
+def _tokenizer_inspect(options: argparse.Namespace) -> None:
+    from tokenizer.inspection import inspect_tokenizers, plot, table
+    from tokenizer.sampling import each_file
+
+    sources = {name: [i.name for i in ins] for name, ins in each_file(options.inputs).items()}
+    report = inspect_tokenizers(options.folders, sources, options.documents, options.field)
+    print(table(report))
+    if options.plot:
+        plot(report, options.plot)
+        print(f"-> {options.plot}")
 
 
 def _corpus_encode(options: argparse.Namespace) -> None:
     from tokenizer.encode import encode
 
-    manifest = encode(options.inputs, options.tokenizer, options.output, options.field)
+    manifest = encode(
+        options.inputs,
+        options.tokenizer,
+        options.output,
+        options.field,
+        on_error=options.on_error,
+        dedup=options.dedup,
+        workers=options.workers,
+        restart=options.restart,
+    )
     print(f"{manifest['documents']} documents, {manifest['tokens']} tokens -> {options.output}.bin")
+    for key, found in (
+        ("empty_documents", "empty documents"),
+        ("duplicate_documents", "repeated documents"),
+        ("duplicate_lines", "repeated lines"),
+        ("bad_documents", "lines or rows that are no documents"),
+    ):
+        if manifest[key]:
+            print(f"  left out: {manifest[key]} {found}")
+    for example in manifest["bad_examples"]:
+        print(f"    {example}")
+
+
+def _corpus_check(options: argparse.Namespace) -> None:
+    from tokenizer.corpus_check import check
+
+    print(check(options.prefixes))
+
+
+def _corpus_show(options: argparse.Namespace) -> None:
+    from pretrain.errors import UserError
+    from tokenizer import corpus_show as show
+
+    if options.document is not None:
+        print(show.show_document(options.target, options.document, options.tokenizer))
+        return
+    config = show.load_run(options.target)
+    if config is None:
+        raise UserError(
+            f"{options.target}: samples and steps are those of a run\n"
+            "  cure: name a run's folder or a run config in TOML"
+        )
+    if options.step is not None:
+        print(show.show_step(config, options.step, options.full))
+    else:
+        split = "validation" if options.validation else "train"
+        print(show.show_sample(config, options.sample, split))
+
+
+def _corpus_stats(options: argparse.Namespace) -> None:
+    from tokenizer import corpus_stats as stats
+    from tokenizer.corpus_show import load_run
+
+    config = load_run(options.targets[0]) if len(options.targets) == 1 else None
+    rows = stats.run_stats(config) if config else stats.shard_stats(options.targets)
+    print(stats.table(rows, config.data.mixture.epoch_limit if config else None))
+    if options.plot:
+        stats.plot(rows, options.plot)
+        print(f"-> {options.plot}")
 
 
 if __name__ == "__main__":

@@ -27,15 +27,13 @@ def run_demo() -> int:
         print(f"error: {CONFIG} is not here; run the demo in the project's folder", file=sys.stderr)
         return 2
     _write_text()
-    texts = [str(DATA / f"{name}.jsonl") for name in ("code", "docs")]
     tokenizer = str(DATA / "tokenizer")
     steps: list[list[str]] = []
     if not Path(tokenizer).exists():
-        steps.append(["tokenizer", "train", *texts, "--vocab-size=4096", f"--output={tokenizer}"])
-    for name, text in zip(("code", "docs"), texts, strict=True):
-        if not (DATA / f"{name}.json").exists():
-            prefix = str(DATA / name)
-            steps.append(["corpus", "encode", text, f"--tokenizer={tokenizer}", "--output", prefix])
+        steps.append(["tokenizer", "train", "configs/tokenizer/demo.toml"])
+    for name in ("code", "docs"):
+        text, prefix = str(DATA / f"{name}.jsonl"), str(DATA / name)
+        steps.append(["corpus", "encode", text, f"--tokenizer={tokenizer}", "--output", prefix])
     steps += [
         ["train", str(CONFIG)],
         ["plot", str(RUN)],

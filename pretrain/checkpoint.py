@@ -15,6 +15,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -110,7 +111,8 @@ def _slices(fragments: list[Fragment], with_optimizer: bool) -> dict[str, _Slice
 class Checkpoints:
     """The checkpoints of one run, in `directory`.
 
-    `facts` says what the run is about (model, data): a checkpoint with others is refused.
+    `facts` says what the run is about (model, data) until a clock: a checkpoint with others is
+    refused.
     `run_config` is kept for the reader.
     """
 
@@ -119,7 +121,7 @@ class Checkpoints:
         directory: Path,
         config: CheckpointConfig,
         world: World,
-        facts: dict[str, Any],
+        facts: Callable[[Clock], dict[str, Any]],
         run_config: dict[str, Any],
     ) -> None:
         self.directory, self._config, self._world = directory, config, world
@@ -162,7 +164,7 @@ class Checkpoints:
                     "clock": asdict(clock),
                     "optimizer_scalars": engine.optimizer_scalars(),
                     "parts": {name: part.state() for name, part in parts.items()},
-                    "facts": self._facts,
+                    "facts": self._facts(clock),
                     "config": self._run_config,
                     "files": files,
                     "permanent": permanent,
@@ -185,7 +187,7 @@ class Checkpoints:
     def load(self, path: Path, engine: ZeroEngine, parts: dict[str, Stateful]) -> Clock:
         """Verify `path`, then take all of it up; collective."""
         state = read_state(path)
-        _compare_facts(path, state["facts"], self._facts)
+        _compare_facts(path, state["facts"], self._facts(Clock(**state["clock"])))
         self._verify(path, state["files"])
         scalars = state["optimizer_scalars"]
         if scalars:

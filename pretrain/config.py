@@ -5,10 +5,19 @@ span several keys. Nothing else in the project restates a setting: DeepSpeed's J
 derived from here.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from pretrain.quantities import Duration, Horizon
 from pretrain.recipe import LinearRamp, Recipe, WarmupCosine
@@ -16,6 +25,10 @@ from pretrain.recipe import LinearRamp, Recipe, WarmupCosine
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Taken from the working directory at once, so that the saved config works from anywhere.
+AbsolutePath = Annotated[
+    Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))
+]
 
 
 class Section(BaseModel):
@@ -67,21 +80,91 @@ class Source(Section):
     """One source of text, encoded as PATH.bin and PATH.idx in Megatron's MMap format."""
 
     name: str
-    path: Path = Field(description="path of the shard without .bin / .idx")
+    path: AbsolutePath = Field(
+        description="path of the shard without .bin / .idx; default: data.directory/NAME"
+    )
     weight: Rate = Field(1.0, description="share of the samples, relative to the other sources")
+
+
+class Stage(Section):
+    """A later part of the run, in which other weights hold."""
+
+    begins: Horizon
+    weights: Annotated[dict[str, Rate], Field(min_length=1)] = Field(
+        description="weight of each source by name; sources that are not named rest"
+    )
+
+
+class Mixture(Section):
+    """How the weights of the sources become shares of the samples."""
+
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="share ~ weight * tokens^alpha: 0 takes the weights as they are, 1 the sizes "
+        "of the sources, BLOOM's tokenizer text 0.3",
+    )
+    cap: Horizon | None = Field(
+        None, description="sources count as no larger than this, for example '50B tokens'"
+    )
+    epoch_limit: Annotated[float, Field(gt=0)] = Field(
+        4.0,
+        description="a warning is given where a source is read more often; up to 4 epochs are "
+        "nearly as good as new text (arXiv 2305.16264)",
+    )
+    stages: tuple[Stage, ...] = ()
 
 
 class Data(Section):
     """What the model reads. The order of samples is a function of the seed and this section."""
 
     sequence_length: Positive = Field(description="tokens of a sample that are predicted")
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(
+        description="the sources, or the path of a TOML file that holds them (from this one)"
+    )
+    directory: AbsolutePath | None = Field(
+        None, description="where the shards of sources without a path lie"
+    )
+    mixture: Mixture = Mixture()
+    order: Literal["keyed", "megatron"] = Field(
+        "keyed",
+        description="keyed: computed, nothing to build; megatron: the published index, to go on "
+        "with a run begun there",
+    )
+    index_directory: AbsolutePath | None = Field(
+        None, description="where the index files of order = 'megatron' are kept"
+    )
     validation_fraction: Fraction = Field(
         0.05, description="share of the documents of each source, from its end, never trained on"
     )
-    tokenizer: Path | None = Field(
+    attention: Literal["window", "document"] = Field(
+        "window",
+        description="window: attention crosses the documents of a sample, as in BLOOM; document: "
+        "it stays inside each",
+    )
+    end_of_text: Annotated[int, Field(ge=0, strict=True)] | None = Field(
+        None, description="id of the token that ends a document (BLOOM: 2)"
+    )
+    tokenizer: AbsolutePath | None = Field(
         None, description="folder of the tokenizer, copied into exports and used to sample text"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _place_sources(cls, value: Any) -> Any:
+        """Give sources without a path theirs."""
+        if not isinstance(value, dict) or not isinstance(value.get("directory"), str | Path):
+            return value
+        sources = value.get("sources")
+        if not isinstance(sources, list | tuple):
+            return value
+        return value | {
+            "sources": [
+                {"path": str(Path(value["directory"]) / s["name"]), **s}
+                if isinstance(s, dict) and isinstance(s.get("name"), str)
+                else s
+                for s in sources
+            ]
+        }
 
 
 class LearningRate(Section):
@@ -167,7 +250,9 @@ class Config(Section):
     """A whole run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    directory: Path = Field(Path("runs"), description="the run is written to DIRECTORY/NAME")
+    directory: AbsolutePath = Field(
+        Path("runs"), validate_default=True, description="the run is written to DIRECTORY/NAME"
+    )
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     start: Literal["auto", "resume", "fresh"] = Field(
         "auto",
@@ -191,6 +276,11 @@ class Config(Section):
     def run_directory(self) -> Path:
         """Where everything that the run writes lies."""
         return self.directory / self.name
+
+    @property
+    def attention_end(self) -> int | None:
+        """The token across which attention does not reach; None if it crosses documents."""
+        return self.data.end_of_text if self.data.attention == "document" else None
 
     def resolved(self) -> dict[str, Any]:
         """Plain values (paths absolute, quantities as text) that `load` reads back unchanged."""

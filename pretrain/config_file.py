@@ -6,28 +6,55 @@ Everything wrong is reported at once: the key, what was found, the rule and the 
 import difflib
 import os
 import tomllib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from pretrain.config import BloomModel, Config, HfModel, Section, family_of
-from pretrain.config_rules import CHECKS
+from pretrain.config_rules import CHECKS, Check
 from pretrain.errors import ConfigError, Problem
+
+S = TypeVar("S", bound=Section)
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
+    """Read the config of a run: see `load_as`. `data.sources` may be a file that holds them."""
+    return load_as(Config, path, overrides, CHECKS, _include_sources)
+
+
+def load_as(
+    root: type[S],
+    path: str | os.PathLike[str],
+    overrides: list[str] | None = None,
+    checks: Sequence[Check] = (),
+    prepare: Callable[[dict[str, Any], Path], None] = lambda tree, folder: None,
+) -> S:
     """Read a TOML file, apply overrides, validate everything.
 
-    Relative paths are taken from the working directory. Raises ConfigError with all problems.
+    `prepare(tree, folder)` may change the tree, at first (with the folder of the file) and after
+    each override (with the working directory). Relative paths are taken from the working directory.
+    Raises ConfigError with all problems.
     """
     tree = read_toml(Path(path))
-    problems = [p for text in overrides or [] if (p := _override(tree, text))]
-    config, found = validate(tree)
+    prepare(tree, Path(path).parent)
+    problems = []
+    for text in overrides or []:
+        problems += [problem] if (problem := _override(tree, text)) else []
+        prepare(tree, Path())
+    config, found = validate(root, tree, checks)
     problems += found
     if problems or config is None:
         raise ConfigError(str(path), problems)
     return config
+
+
+def _include_sources(tree: dict[str, Any], folder: Path) -> None:
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sources"), str):
+        file = folder / Path(data["sources"]).expanduser()
+        data["sources"] = read_toml(file).get("sources", [])
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -42,18 +69,20 @@ def read_toml(path: Path) -> dict[str, Any]:
                           str(error))]) from None  # fmt: skip
 
 
-def validate(tree: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+def validate(
+    root: type[S], tree: dict[str, Any], checks: Sequence[Check] = ()
+) -> tuple[S | None, list[Problem]]:
     """All problems of a config tree; the config if there are none."""
     problems: list[Problem] = []
     try:
-        config = Config.model_validate(_absolute_paths(tree))
-        good: dict[str, Any] = {name: getattr(config, name) for name in Config.model_fields}
+        config = root.model_validate(tree)
+        good: dict[str, Any] = {name: getattr(config, name) for name in root.model_fields}
     except ValidationError as error:
         # A list left too short by errors inside it is no problem of its own.
         details = [d for d in error.errors() if d["type"] != "too_short" or not d["input"]]
-        config, problems = None, [_explain(detail) for detail in details]
-        good = _valid_sections(tree)
-    for needs, check in CHECKS:
+        config, problems = None, [_explain(root, detail) for detail in details]
+        good = _valid_sections(root, tree)
+    for needs, check in checks:
         if all(need in good for need in needs):
             problems += check(*(good[need] for need in needs))
     return (None if problems else config), problems
@@ -106,56 +135,36 @@ def _override(tree: dict[str, Any], text: str) -> Problem | None:
     return None
 
 
-def _absolute_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the tree whose paths are absolute, so that the saved config works from anywhere."""
-
-    def absolute(value: Any) -> Any:
-        return os.path.abspath(os.path.expanduser(value)) if isinstance(value, str) else value
-
-    tree = {"directory": "runs", **tree}
-    tree["directory"] = absolute(tree["directory"])
-    if isinstance(data := tree.get("data"), dict):
-        data = dict(data)
-        if "tokenizer" in data:
-            data["tokenizer"] = absolute(data["tokenizer"])
-        if isinstance(sources := data.get("sources"), list):
-            data["sources"] = [
-                {**s, "path": absolute(s["path"])} if isinstance(s, dict) and "path" in s else s
-                for s in sources
-            ]
-        tree["data"] = data
-    return tree
-
-
 # --- explaining ----------------------------------------------------------------------------------
 
 
-def _explain(detail: Any) -> Problem:
+def _explain(root: type[Section], detail: Any) -> Problem:
     """A pydantic error in our words: the key, what was found, the rule and the cure."""
     location = [part for part in detail["loc"] if part not in ("bloom", "hf")]
     key, found, message = ".".join(map(str, location)), detail.get("input"), detail["msg"]
     message = message.removeprefix("Value error, ")
+    description = _describe(root, detail["loc"])
     if detail["type"] == "extra_forbidden":
-        names = _names_at(detail["loc"][:-1])
+        names = _names_at(root, detail["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), names, n=1)
         cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
         return Problem(key, found, "no such key", cure)
     if detail["type"] == "missing":
-        return Problem(key, None, "the key is required", f"add it ({_describe(detail['loc'])})")
+        return Problem(key, None, "the key is required", f"add it ({description})")
     if detail["type"] == "union_tag_invalid":
         return Problem(f"{key}.family", family_of(found), "a known model family",
                        'use "bloom" or "hf"')  # fmt: skip
-    return Problem(key, found, message[0].lower() + message[1:], f"{_describe(detail['loc'])}")
+    return Problem(key, found, message[0].lower() + message[1:], description)
 
 
-def _names_at(location: tuple[Any, ...]) -> list[str]:
-    section = _section_at(location)
+def _names_at(root: type[Section], location: tuple[Any, ...]) -> list[str]:
+    section = _section_at(root, location)
     return list(section.model_fields) if section else []
 
 
-def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
+def _section_at(root: type[Section], location: tuple[Any, ...]) -> type[Section] | None:
     """The section class that a pydantic error location points into."""
-    section: type[Section] = Config
+    section = root
     for part in location:
         if part in ("bloom", "hf"):
             section = BloomModel if part == "bloom" else HfModel
@@ -168,22 +177,21 @@ def _section_at(location: tuple[Any, ...]) -> type[Section] | None:
     return section
 
 
-def _describe(location: tuple[Any, ...]) -> str:
-    section = _section_at(location[:-1])
+def _describe(root: type[Section], location: tuple[Any, ...]) -> str:
+    section = _section_at(root, location[:-1])
     if section and (field := section.model_fields.get(str(location[-1]))):
         return field.description or "see `anthesis config --schema`"
     return "see `anthesis config --schema`"
 
 
-def _valid_sections(tree: dict[str, Any]) -> dict[str, Any]:
+def _valid_sections(root: type[Section], tree: dict[str, Any]) -> dict[str, Any]:
     """The sections that are valid by themselves, so that cross checks run where they can."""
     good = {}
-    for name, field in Config.model_fields.items():
+    for name, field in root.model_fields.items():
         if name in tree:
-            only = _absolute_paths({name: tree[name]}).get(name)
             wrapper = type("One", (Section,), {"__annotations__": {"value": field.annotation}})
             try:
-                good[name] = wrapper(value=only).value
+                good[name] = wrapper(value=tree[name]).value
             except ValidationError:
                 continue
         elif not field.is_required():

@@ -13,7 +13,9 @@ from pretrain.config import (
 )
 from pretrain.errors import Problem
 
-CHECKS: list[tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]] = []
+# The sections that a check needs, and the check.
+Check = tuple[tuple[str, ...], Callable[..., Iterator[Problem]]]
+CHECKS: list[Check] = []
 
 
 def _check(*needs: str) -> Callable[[Callable[..., Iterator[Problem]]], Any]:
@@ -50,6 +52,69 @@ def _source_rules(data: Data) -> Iterator[Problem]:
     if sum(source.weight for source in data.sources) == 0:
         yield Problem("data.sources", [source.weight for source in data.sources],
                       "weights must not sum to 0", "give a source a weight above 0")  # fmt: skip
+
+
+@_check("data", "seed")
+def _order_rules(data: Data, seed: int) -> Iterator[Problem]:
+    if data.order == "keyed":
+        return
+    mixture = data.mixture
+    if data.index_directory is None:
+        yield Problem("data.index_directory", None, "required with order = 'megatron'",
+                      "name a folder that all nodes share; the index files go there")  # fmt: skip
+    if mixture.stages or mixture.alpha or mixture.cap:
+        yield Problem("data.mixture", str(mixture), "order = 'megatron' knows weights only",
+                      "write the weights out, or use order = 'keyed'")  # fmt: skip
+    if seed >= 2**32:
+        yield Problem("seed", seed, "order = 'megatron' takes seeds below 2^32",
+                      "use the seed of the run in Megatron")  # fmt: skip
+    if len(data.sources) > 255:
+        yield Problem("data.sources", f"{len(data.sources)} sources", "order = 'megatron' stores "
+                      "a source in a byte: at most 255", "merge some")  # fmt: skip
+
+
+@_check("data", "model")
+def _attention_rules(data: Data, model: BloomModel | HfModel) -> Iterator[Problem]:
+    if data.end_of_text is not None and data.end_of_text >= model.vocab_size:
+        yield Problem("data.end_of_text", data.end_of_text,
+                      f"must be below model.vocab_size = {model.vocab_size}",
+                      "look it up in PREFIX.json of a source")  # fmt: skip
+    if data.attention == "document":
+        if data.end_of_text is None:
+            yield Problem("data.end_of_text", None, "required with attention = 'document'",
+                          "2 with the tokenizers of `anthesis tokenizer train`")  # fmt: skip
+        if isinstance(model, HfModel):
+            yield Problem("data.attention", "document", "only model.family = 'bloom' can",
+                          "use attention = 'window'")  # fmt: skip
+
+
+@_check("data", "recipe")
+def _mixture_rules(data: Data, recipe: RecipeSection) -> Iterator[Problem]:
+    mixture, length = data.mixture, data.sequence_length
+    if mixture.cap and (mixture.cap.unit == "steps" or mixture.cap.value == 0):
+        yield Problem("data.mixture.cap", str(mixture.cap), "a number of tokens above 0",
+                      "for example '50B tokens'")  # fmt: skip
+    known, last = {source.name for source in data.sources}, 0
+    for number, stage in enumerate(mixture.stages):
+        key = f"data.mixture.stages.{number}"
+        unknown = sorted(stage.weights.keys() - known)
+        if unknown:
+            yield Problem(f"{key}.weights", unknown, "names are those of data.sources",
+                          f"known here: {', '.join(sorted(known))}")  # fmt: skip
+        if sum(stage.weights.values()) == 0:
+            yield Problem(f"{key}.weights", dict(stage.weights), "weights must not sum to 0",
+                          "give a source a weight above 0")  # fmt: skip
+        if stage.begins.unit == "steps":
+            yield Problem(f"{key}.begins", str(stage.begins), "tokens or samples: the clock is "
+                          "tokens", "state it in tokens")  # fmt: skip
+            continue
+        first = stage.begins.samples(length)
+        end = None if recipe.train.unit == "steps" else recipe.train.samples(length)
+        if first <= last or (end is not None and first >= end):
+            yield Problem(f"{key}.begins", str(stage.begins), "stages begin one after another, "
+                          f"after the start and before train = {recipe.train}",
+                          "order them by begins")  # fmt: skip
+        last = max(first, last)
 
 
 @_check("recipe", "data")

@@ -16,14 +16,18 @@ from pretrain.errors import UserError
 from pretrain.model import build_model
 
 
-def load_model(run_directory: Path) -> tuple[Config, nn.Module]:
-    """The config of a run and its model with the fp32 weights of the newest checkpoint."""
+def load_model(run_directory: Path, plain: bool = False) -> tuple[Config, nn.Module]:
+    """The config of a run and its model with the fp32 weights of the newest checkpoint.
+
+    A `plain` model attends across documents even if the run does not: as transformers' BLOOM does,
+    which is the same for a single document.
+    """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else warns
     checkpoint = newest_checkpoint(run_directory)
     config = load(run_directory / "config.toml")
     masters = read_masters(checkpoint)
-    model = build_model(config.model)
+    model = build_model(config.model, end_of_text=None if plain else config.attention_end)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(masters[name].view(parameter.shape))
@@ -49,7 +53,7 @@ def export(run_directory: Path, target: Path) -> str:
     """Write the model and its tokenizer as a transformers folder; says what was checked."""
     from pretrain.model.hf import export_hf
 
-    config, model = load_model(run_directory)
+    config, model = load_model(run_directory, plain=True)
     length = config.data.sequence_length
     export_hf(model, config.model, target, config.data.tokenizer, sequence_length=length)
     return f"{target}: written; loaded back by transformers, its logits equal the run's"
@@ -60,17 +64,15 @@ def sample(
     run_directory: Path, text: str, new_tokens: int, temperature: float, seed: int = 0
 ) -> str:
     """`text` continued by `new_tokens` tokens; temperature 0 takes the likeliest each time."""
-    from transformers import AutoTokenizer
+    from pretrain.model.hf import hf_counterpart, load_tokenizer
 
-    from pretrain.model.hf import hf_counterpart
-
-    config, model = load_model(run_directory)
+    config, model = load_model(run_directory, plain=True)
     if config.data.tokenizer is None:
         raise UserError(
             f"{run_directory}: the run has no tokenizer to read the text with\n"
             "  cure: set data.tokenizer in its config.toml"
         )
-    tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.model.vocab_size)
     generator = hf_counterpart(model, config.model, model.state_dict(), None).eval()
     start = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
     if start.shape[1] == 0:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 import torch
@@ -60,12 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
 def train_run(config: Config, world: World) -> Clock:
     """Train a run to its end, from its newest checkpoint where it has one."""
     recipe = config.build_recipe()
-    corpus, held_out = _open_data(config)
-    facts = {
-        # Initialisation is over once there is a checkpoint, and dropout may change.
-        "model": config.model.model_dump(mode="json", exclude={"init_std", "dropout"}),
-        "data": corpus.fingerprint(),
-    }
+    corpus, held_out = _open_data(config, world)
+    # Initialisation is over once there is a checkpoint, and dropout may change.
+    model_facts = config.model.model_dump(mode="json", exclude={"init_std", "dropout"})
+
+    def facts(clock: Clock) -> dict[str, Any]:
+        return {"model": model_facts, "data": corpus.fingerprint(clock.samples)}
+
     run_directory = config.run_directory
     checkpoints = Checkpoints(
         run_directory / "checkpoints", config.checkpoint, world, facts, config.resolved()
@@ -83,7 +85,9 @@ def train_run(config: Config, world: World) -> Clock:
     # transformers' own initialisation does not reach weights that are already sharded.
     own = config.model.family == "bloom"
     with sharded_construction(config.engine, world) if own else nullcontext():
-        model = build_model(config.model, config.engine.activation_checkpointing)
+        model = build_model(
+            config.model, config.engine.activation_checkpointing, config.attention_end
+        )
     optimizer = build_optimizer(model, config.optimizer)
     engine = ZeroEngine(model, optimizer, config.engine, config.optimizer.clip_norm, world)
     parameters = engine.parameter_count()
@@ -123,35 +127,21 @@ def train_run(config: Config, world: World) -> Clock:
     return clock
 
 
-def _open_data(config: Config) -> tuple[Corpus, Corpus | None]:
+def _open_data(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
     """The training corpus and the held-out one, if any."""
     data, vocab = config.data, config.model.vocab_size
     if config.data.tokenizer is not None:
-        _check_vocabulary(config.data.tokenizer, vocab)
-    corpus = Corpus(data, config.seed, vocab, "train")
+        from pretrain.model.hf import load_tokenizer  # transformers takes seconds to import
+
+        load_tokenizer(config.data.tokenizer, vocab)
+    if not world.is_first:
+        world.barrier()  # the index of order = "megatron" is built by one and read by all
+    corpus = Corpus(data, config.seed, vocab, "train", config.build_recipe().train_samples)
+    if world.is_first:
+        world.barrier()
     held_out = Corpus(data, config.seed, vocab, "validation") if data.validation_fraction else None
     corpus.batch(0, _FIRST_LOOK_SAMPLES)  # tokens outside the vocabulary show before step 1
     return corpus, held_out
-
-
-def _check_vocabulary(folder: Path, vocab_size: int) -> None:
-    """Refuse a tokenizer with more tokens than the model has rows."""
-    from transformers import AutoTokenizer
-
-    try:
-        size = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UserError(
-            f"data.tokenizer = {folder}: cannot be loaded: {first_line}\n"
-            "  cure: name a folder that `anthesis tokenizer train` or transformers has written"
-        ) from None
-    if size > vocab_size:
-        raise UserError(
-            f"model.vocab_size = {vocab_size}: the tokenizer {folder} has {size} tokens\n"
-            "  rule: the model needs a row for every token\n"
-            f"  cure: model.vocab_size={-(-size // 128) * 128} (a multiple of 128 is fastest)"
-        )
 
 
 def _prepare_directory(config: Config) -> None:
@@ -226,9 +216,11 @@ def _announce(
         f"{config.recipe.learning_rate.peak:g}"
     )
     for row in corpus.summary(recipe.total_samples):
+        over = row.epochs > config.data.mixture.epoch_limit
         print(
             f"  source {row.source}: {human_count(row.available_tokens)} tokens, "
             f"{row.share:.1%} of the samples, {row.epochs:.2f} epochs"
+            + (f"  (over epoch_limit = {config.data.mixture.epoch_limit:g}!)" if over else "")
         )
     if newest is None:
         print(f"  starts from scratch -> {config.run_directory}", flush=True)

@@ -92,7 +92,7 @@ def test_every_problem_is_reported_at_once():
         ("recipe.learning_rate.floor=1.0", "recipe.learning_rate.floor"),
         ("recipe.learning_rate.warmup=100 steps", "recipe.learning_rate.warmup"),
         ("recipe.train=1 samples", "recipe.train"),
-        ("data.sources.0.weight=0", "data.sources"),
+        ("data.sources=[{name='x', path='y', weight=0.0}]", "data.sources"),
         ("model.family=gpt", "model.family"),
         ("name=../evil", "name"),
         ("nonsense", "override"),

@@ -233,7 +233,7 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
 def test_a_killed_writer_leaves_nothing_that_opens(tmp_path):
     code = (
         "import sys, time\n"
-        "from pretrain.data.shards import ShardWriter\n"
+        "from pretrain.data import ShardWriter\n"
         "with ShardWriter(sys.argv[1], 100) as writer:\n"
         "    for _ in range(1000): writer.append(range(100))\n"
         "    print('ready', flush=True)\n"

@@ -164,7 +164,7 @@ def test_resume_demands_a_checkpoint(tmp_path):
 def test_other_data_or_model_are_refused(tmp_path):
     path, run = run_to_step_8(tmp_path)
     before = (run / "config.toml").read_bytes()
-    assert "weight" in fails(path, "data.sources.0.weight=0.5")
+    assert "data.stages: " in fails(path, "data.sources.0.weight=0.5")
     assert "seed" in fails(path, "seed=6")
     assert "model.heads: 3 then, 4 now" in fails(path, "model.heads=4")
     shard = Path(load(path).data.sources[0].path)

@@ -21,7 +21,8 @@ FILES = sorted(
 NO_TORCH = ("launch", "pretrain.config", "pretrain.config_file", "pretrain.config_rules",
             "pretrain.recipe", "pretrain.sizes", "pretrain.quantities", "pretrain.errors",
             "pretrain.data.corpus", "pretrain.data.shards", "pretrain.data.mixture",
-            "pretrain.data.permutation")  # fmt: skip
+            "pretrain.data.permutation", "pretrain.data.streams", "pretrain.data.megatron",
+            "pretrain.data.shard_writer", "tokenizer")  # fmt: skip
 
 
 def module_name(path):

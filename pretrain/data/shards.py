@@ -6,23 +6,19 @@ tokens, i64 [N] byte offsets into .bin, i64 [D] first sequence of each document.
 of Megatron-DeepSpeed `megatron/data/indexed_dataset.py`; corpora made for BLOOM open as they are.
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from pretrain.errors import DataError
 
-_MAGIC = b"MMIDIDX\0\0"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
-_DTYPES = {
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
+DTYPES = {
     code: np.dtype(name)
     for code, name in {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
@@ -50,13 +46,13 @@ class Shard:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self._bin, self._idx = _bin_and_idx(prefix)
+        self._bin, self._idx = bin_and_idx(prefix)
         try:
             bin_bytes, idx_bytes = self._bin.stat().st_size, self._idx.stat().st_size
             with self._idx.open("rb") as file:
-                header = file.read(_HEADER.size)
+                header = file.read(HEADER.size)
         except OSError as error:
-            raise _fault(
+            raise fault(
                 Path(error.filename or prefix),
                 error.strerror or str(error),
                 "a source is two readable files, PATH.bin and PATH.idx",
@@ -64,14 +60,14 @@ class Shard:
             ) from None
         self.dtype, self.sequences, ends = _parse_header(self._idx, header, idx_bytes)
         if self.sequences == 0 or ends < 2:
-            raise _fault(
+            raise fault(
                 self._idx,
                 f"{self.sequences} sequences in {max(ends - 1, 0)} documents",
                 "a source holds at least one document",
                 "encode some text",
             )
         self.documents = ends - 1
-        at = _HEADER.size
+        at = HEADER.size
         self._lengths = _map(self._idx, "<i4", at, self.sequences)
         self._pointers = _map(self._idx, "<i8", at + 4 * self.sequences, self.sequences)
         self._doc_idx = _map(self._idx, "<i8", at + 12 * self.sequences, ends)
@@ -83,7 +79,7 @@ class Shard:
         """The first and last entries of the tables, against each other and the size of .bin."""
         first, last = int(self._doc_idx[0]), int(self._doc_idx[-1])
         if first != 0 or last != self.sequences:
-            raise _fault(
+            raise fault(
                 self._idx,
                 f"documents run from sequence {first} to {last}",
                 f"they run from 0 to the number of sequences, {self.sequences}",
@@ -92,7 +88,7 @@ class Shard:
         start, length = int(self._pointers[-1]), int(self._lengths[-1])
         expected = start + length * self.dtype.itemsize
         if self._pointers[0] != 0 or start < 0 or length < 0:
-            raise _fault(
+            raise fault(
                 self._idx,
                 f"sequences from byte {self._pointers[0]}, the last of {length} "
                 f"tokens at byte {start}",
@@ -100,7 +96,7 @@ class Shard:
                 "the index is damaged: encode or copy the source again",
             )
         if bin_bytes != expected:
-            raise _fault(
+            raise fault(
                 self._bin,
                 f"{bin_bytes:,} bytes",
                 f"its index promises {expected:,} (last sequence: {length:,} tokens of "
@@ -108,7 +104,7 @@ class Shard:
                 "one of the two is cut short or not of this pair: copy both again",
             )
         if bin_bytes == 0 or bin_bytes % self.dtype.itemsize:
-            raise _fault(
+            raise fault(
                 self._bin,
                 f"{bin_bytes:,} bytes",
                 f"one or more whole tokens of {self.dtype.itemsize} bytes",
@@ -132,7 +128,7 @@ class Shard:
             start, rest = divmod(int(self._pointers[sequence]), self.dtype.itemsize)
             if rest == 0 and 0 <= start <= self.tokens:
                 return start
-        raise _fault(
+        raise fault(
             self._idx,
             f"document {document} begins at sequence {sequence}, which is not "
             "there or begins outside the tokens",
@@ -148,6 +144,16 @@ class Shard:
     def sequence_starts(self, sequences: np.ndarray) -> np.ndarray:
         """Token offsets at which `sequences` begin, int64."""
         return self._pointers[sequences] // self.dtype.itemsize
+
+    @property
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(lengths, byte offsets, first sequence of each document), mapped; for a full check."""
+        return self._lengths, self._pointers, self._doc_idx
+
+    @property
+    def stored_tokens(self) -> np.ndarray:
+        """All tokens as they are stored, mapped."""
+        return self._tokens
 
     def document_at(self, token_offset: int) -> int:
         """The document that holds a token; O(log documents)."""
@@ -172,134 +178,11 @@ class Shard:
         return digest.hexdigest()
 
 
-class ShardWriter:
-    """Writes documents to PREFIX.bin and PREFIX.idx as they come, in bounded memory.
-
-    A context manager: files take their names when it is left in peace, and an error or a kill
-    leaves no shard. Raises DataError for ids outside the vocabulary, no documents, a full disk.
-    """
-
-    def __init__(self, prefix: Path | str, vocab_size: int) -> None:
-        self.prefix, self.vocab_size = Path(prefix), vocab_size
-        self.dtype = np.dtype("<u2" if vocab_size < _SMALL_VOCAB else "<i4")
-        self.documents = self.tokens = 0
-        self._bin, self._idx = _bin_and_idx(self.prefix)
-        self._partial_bin, self._partial_idx, self._spool = (
-            Path(f"{self.prefix}.{name}.partial") for name in ("bin", "idx", "lengths")
-        )
-
-    def __enter__(self) -> "ShardWriter":
-        with self._writing():
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._tokens_file = self._partial_bin.open("wb", buffering=2**20)
-            # Lengths wait on disk until the header, which counts them, can be written.
-            self._lengths_file = self._spool.open("wb")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._remove_partial_files()
-
-    def append(self, ids: Sequence[int] | np.ndarray) -> None:
-        """Write one document: its token ids, at least one."""
-        tokens = np.asarray(ids)
-        if not 1 <= len(tokens) <= _LONGEST_DOCUMENT:
-            raise _fault(
-                self._bin,
-                f"document {self.documents} of {len(tokens):,} tokens",
-                f"a document has 1 to {_LONGEST_DOCUMENT:,}",
-                "skip or split it",
-            )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise _fault(
-                self._bin,
-                f"document {self.documents} holds ids {low} to {high}",
-                f"ids are 0 to vocab_size - 1 = {self.vocab_size - 1}",
-                "give the vocab_size of the tokenizer that encoded it",
-            )
-        with self._writing():
-            self._tokens_file.write(tokens.astype(self.dtype).tobytes())
-            self._lengths_file.write(struct.pack("<i", len(tokens)))
-        self.documents += 1
-        self.tokens += len(tokens)
-
-    def _finish(self) -> None:
-        if self.documents == 0:
-            raise _fault(
-                self._bin,
-                "no documents",
-                "a shard holds at least one",
-                "check that the input has text",
-            )
-        with self._writing():
-            self._lengths_file.close()
-            with self._partial_idx.open("wb") as index:
-                self._write_index(index.write)
-                index.flush()
-                os.fsync(index.fileno())
-            self._tokens_file.flush()
-            os.fsync(self._tokens_file.fileno())
-            self._tokens_file.close()
-            # Without an index nothing opens, so an old one goes first and the new one comes last.
-            self._idx.unlink(missing_ok=True)
-            self._partial_bin.replace(self._bin)
-            self._partial_idx.replace(self._idx)
-
-    def _write_index(self, write: Callable[[bytes], int]) -> None:
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
-        write(_HEADER.pack(_MAGIC, 1, code, self.documents, self.documents + 1))
-        for lengths in self._spooled_lengths():
-            write(lengths.tobytes())
-        start = 0
-        for lengths in self._spooled_lengths():
-            ends = start + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
-            write((ends - lengths * self.dtype.itemsize).tobytes())
-            start = int(ends[-1])
-        for first in range(0, self.documents + 1, _CHUNK):
-            last = min(first + _CHUNK, self.documents + 1)
-            write(np.arange(first, last, dtype="<i8").tobytes())
-
-    def _spooled_lengths(self) -> Iterator[np.ndarray]:
-        with self._spool.open("rb") as file:
-            while chunk := file.read(4 * _CHUNK):
-                yield np.frombuffer(chunk, "<i4").astype("<i4")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            cure = "free space there or choose another place" if full else "check the path"
-            raise _fault(
-                self._bin,
-                f"cannot be written: {error.strerror}",
-                "the shard's folder is writable and has room",
-                cure,
-            ) from error
-
-    def _remove_partial_files(self) -> None:
-        for file in (self._tokens_file, self._lengths_file):
-            with contextlib.suppress(OSError):  # what could not be flushed is being thrown away
-                file.close()
-        for path in (self._partial_bin, self._partial_idx, self._spool):
-            path.unlink(missing_ok=True)
-
-
-def _bin_and_idx(prefix: Path) -> tuple[Path, Path]:
+def bin_and_idx(prefix: Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
-def _fault(path: Path, found: str, rule: str, cure: str) -> DataError:
+def fault(path: object, found: str, rule: str, cure: str) -> DataError:
     return DataError(f"{path}: {found}\n      rule: {rule}\n      cure: {cure}")
 
 
@@ -311,34 +194,34 @@ def _map(path: Path, dtype: str | np.dtype, offset: int, count: int) -> np.ndarr
 def _parse_header(path: Path, header: bytes, idx_bytes: int) -> tuple[np.dtype, int, int]:
     """(dtype, sequences, documents + 1), of an index whose size agrees with them."""
     again = "encode the source again, or copy it again if the copy was cut short"
-    if len(header) < _HEADER.size:
-        raise _fault(path, f"{idx_bytes} bytes", f"the header alone has {_HEADER.size}", again)
-    magic, version, code, sequences, ends = _HEADER.unpack(header)
-    if magic != _MAGIC:
-        raise _fault(
+    if len(header) < HEADER.size:
+        raise fault(path, f"{idx_bytes} bytes", f"the header alone has {HEADER.size}", again)
+    magic, version, code, sequences, ends = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise fault(
             path,
             f"begins with {magic!r}",
-            f"an index begins with {_MAGIC!r}",
+            f"an index begins with {MAGIC!r}",
             "give a source in Megatron's MMap format",
         )
     if version != 1:
-        raise _fault(path, f"version {version}", "only version 1 of the format is known", again)
+        raise fault(path, f"version {version}", "only version 1 of the format is known", again)
     if code in _FLOAT_CODES:
-        raise _fault(
+        raise fault(
             path,
             f"dtype code {code} (float64)",
             "token ids are integers",
             "encode the source again as token ids",
         )
-    if code not in _DTYPES:
-        raise _fault(path, f"dtype code {code}", f"one of {sorted(_DTYPES)}", again)
-    expected = _HEADER.size + 12 * sequences + 8 * ends
+    if code not in DTYPES:
+        raise fault(path, f"dtype code {code}", f"one of {sorted(DTYPES)}", again)
+    expected = HEADER.size + 12 * sequences + 8 * ends
     if idx_bytes != expected:
-        raise _fault(
+        raise fault(
             path,
             f"{idx_bytes:,} bytes",
             f"the header ({sequences:,} sequences, "
             f"{ends:,} document borders) calls for {expected:,}",
             again,
         )
-    return _DTYPES[code], sequences, ends
+    return DTYPES[code], sequences, ends

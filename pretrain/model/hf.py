@@ -131,7 +131,7 @@ def export_hf(
             "model.residual = false: transformers' BLOOM always has skip connections, so this "
             "model cannot be exported; keep its checkpoint, or train with residual = true"
         )
-    loaded_tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer, config.vocab_size)
+    loaded_tokenizer = None if tokenizer is None else load_tokenizer(tokenizer, config.vocab_size)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -148,18 +148,21 @@ def export_hf(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _load_tokenizer(folder: Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, vocab_size: int) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a folder; UserError if there is none or the model has no row for a token."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+    except Exception as error:  # transformers raises whatever a damaged file causes
         raise UserError(
-            f"{folder}: transformers cannot load a tokenizer from there "
-            f"({' '.join(str(error).split())[:200]}); correct data.tokenizer or export without it"
+            f"data.tokenizer = {folder}: cannot be loaded: {' '.join(str(error).split())[:200]}\n"
+            "  cure: name a folder that `anthesis tokenizer train` or transformers has written"
         ) from error
     if len(tokenizer) > vocab_size:
         raise UserError(
-            f"{folder}: {len(tokenizer)} tokens, but the model has rows for {vocab_size}: "
-            "this is not the tokenizer it was trained with; correct data.tokenizer"
+            f"model.vocab_size = {vocab_size}: the tokenizer {folder} has {len(tokenizer)} tokens\n"
+            "  rule: the model needs a row for every token\n"
+            f"  cure: model.vocab_size={-(-len(tokenizer) // 128) * 128} (a multiple of 128 is "
+            "fastest), or the tokenizer that the text was encoded with"
         )
     return tokenizer
 
