@@ -12,7 +12,6 @@ its workers together, sampled 20 times a second, over tiny synthetic documents.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ def speed(tokenizer_dir: Path, files: list[str], rounds: int, workers: int) -> N
     texts = list(read_documents(files))
     size = sum(len(text.encode()) for text in texts)
     tokenizer = load(tokenizer_dir).tokenizer
-    print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {workers} workers, {platform.processor()}")
+    print(f"{len(texts)} documents, {size / 1e6:.1f} MB, {workers} workers")
     os.environ["RAYON_NUM_THREADS"] = str(workers)
     ratios = []
     for number in range(rounds + 1):  # the first warms up

@@ -115,11 +115,11 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
     sub.add_argument("--restart", action="store_true", help="begin anew, discarding what is there")
 
     sub = command("check", _corpus_check, "verify checksums and layout of shards in full", into)
-    sub.add_argument("prefixes", nargs="+", type=Path, metavar="PREFIX")
+    sub.add_argument("prefixes", nargs="+", type=_prefix, metavar="PREFIX")
 
     text = "a document of a shard; a sample or the batch of a step of a run, as text"
     sub = command("show", _corpus_show, text, into)
-    sub.add_argument("target", type=Path, metavar="PREFIX|RUN|CONFIG")
+    sub.add_argument("target", type=_prefix, metavar="PREFIX|RUN|CONFIG")
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--document", type=int, metavar="N", help="of PREFIX, from 0")
     what.add_argument("--sample", type=int, metavar="N", help="of the run, from 0")
@@ -130,8 +130,13 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
 
     text = "tokens and share of each source and, of a run, its epochs"
     sub = command("stats", _corpus_stats, text, into)
-    sub.add_argument("targets", nargs="+", type=Path, metavar="PREFIX|RUN|CONFIG")
+    sub.add_argument("targets", nargs="+", type=_prefix, metavar="PREFIX|RUN|CONFIG")
     sub.add_argument("--plot", type=Path, help="also draw it to this PNG")
+
+
+def _prefix(text: str) -> Path:
+    """What shells complete to is a shard too: corpus/*.idx."""
+    return Path(text.removesuffix(".bin").removesuffix(".idx"))
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -275,6 +275,26 @@ def test_workers_die_with_their_parent(tmp_path, folder, varied):
     assert not any(alive(pid) for pid in workers)
 
 
+def test_a_worker_that_dies_is_told_and_costs_nothing(tmp_path, folder, varied):
+    process = run(varied, folder, tmp_path / "x", "--workers=2", wait=False)
+    deadline = time.monotonic() + 60
+    while not (workers := [p for p in children(process.pid) if "spawn_main" in line_of(p)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(workers[0], 9)  # as the kernel does where memory runs out
+    assert process.wait(60) == 2
+    run(varied, folder, tmp_path / "x")
+    run(varied, folder, tmp_path / "whole")
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+
+
+def line_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 def children(pid):
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 

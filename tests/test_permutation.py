@@ -44,7 +44,7 @@ def chi_square(counts: np.ndarray) -> float:
 
 
 def test_is_a_bijection_of_every_small_size():
-    for size in range(1, 601):
+    for size in range(1, 5001):
         images = Permutation(size, size - 300)(np.arange(size))
         assert np.array_equal(np.sort(images), np.arange(size)), size
 
@@ -116,6 +116,24 @@ def test_one_order_is_spread_evenly_and_leaves_few_in_place():
     first_tenth = images[: size // 10]
     assert chi_square(np.bincount(first_tenth * 1000 // size, minlength=1000)) < 5
     assert np.count_nonzero(images == np.arange(size)) < 10
+
+
+@pytest.mark.parametrize("size", [4096, 100_003, 2**20 + 1])
+def test_one_order_has_no_serial_correlation(size):
+    images = Permutation(size, 7)(np.arange(size))
+    centred = images - (size - 1) / 2
+    variance = (size**2 - 1) / 12
+    for lag in (1, 2, 3, 7, 64, 1024):
+        correlation = (centred[:-lag] * centred[lag:]).mean() / variance
+        # Of a random order: mean -1 / size, standard deviation 1 / sqrt(size).
+        assert abs(correlation) < 4.5 / size**0.5, lag
+    # Pairs of neighbours fill the cells of a 16 x 16 grid evenly (chi-square, 255 degrees).
+    cells = images * 16 // size
+    counts = np.bincount(cells[:-1:2] * 16 + cells[1::2][: len(cells[:-1:2])], minlength=256)
+    expected = counts.sum() / 256
+    assert 160 < ((counts - expected) ** 2 / expected).sum() < 375  # 1e-5 on either side
+    rises = (np.diff(images) > 0).mean()
+    assert abs(rises - 0.5) < 4.5 * (1 / 12 / size) ** 0.5
 
 
 def test_positions_keep_their_shape_and_any_integer_type_is_taken():

@@ -6,10 +6,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import regex
 
+from launch.cli import main as anthesis
 from pretrain.errors import DataError
+from tokenizer.encode import encode
 from tokenizer.folder import import_bpe
 
 
@@ -71,6 +74,31 @@ def test_gpt2s_files_give_gpt2s_ids(gpt2, tmp_path, slices):
         assert theirs(slices)["input_ids"] == rows
     assert ours.decode_batch(rows) == slices
     assert 50_256 not in ours.encode("a<|endoftext|>").ids
+
+
+def test_a_shard_of_all_sources_holds_the_ids_of_the_library(gpt2, tmp_path, slices):
+    """Everything but the encoding is others': `datasets` reads, transformers encodes, numpy reads
+    the shard by its published layout."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+
+    vocab, merges = map(str, gpt2)
+    command = ["tokenizer", "import", "--vocab", vocab, "--merges", merges]
+    assert anthesis([*command, "--end-of-text=<|endoftext|>", f"--output={tmp_path}/gpt2"]) == 0
+    text = tmp_path / "slices.jsonl"
+    text.write_text("".join(json.dumps({"text": t}) + "\n" for t in slices), "utf-8")
+    encode([text], tmp_path / "gpt2", tmp_path / "shard")
+    rows = load_dataset("json", data_files=str(text), split="train", streaming=True)
+    library = AutoTokenizer.from_pretrained(tmp_path / "gpt2")
+    expected = [[*ids, 50_256] for ids in library([r["text"] for r in rows])["input_ids"]]
+    assert len(expected) == 360
+    header = (tmp_path / "shard.idx").read_bytes()[:34]
+    assert header[:9] == b"MMIDIDX\0\0"
+    assert (header[17], int.from_bytes(header[18:26], "little")) == (8, 360)  # code 8: u16
+    lengths = np.fromfile(tmp_path / "shard.idx", "<i4", 360, offset=34)
+    assert lengths.tolist() == [len(ids) for ids in expected]
+    tokens = np.fromfile(tmp_path / "shard.bin", "<u2")
+    assert tokens.tolist() == [k for ids in expected for k in ids]
 
 
 def test_files_that_are_no_bpe_are_refused(gpt2, tmp_path):

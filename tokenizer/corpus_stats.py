@@ -91,8 +91,10 @@ def plot(rows: list[SourceStats], path: Path) -> None:
         1, 3 if with_run else 2, figsize=(11, 1.5 + 0.26 * len(rows)), sharey=True, squeeze=False
     )
     tokens_axis, share_axis, *epochs_axis = axes[0]
-    tokens_axis.barh(names, [row.tokens for row in rows])
-    tokens_axis.set(xlabel="tokens", xscale="log")
+    bars = tokens_axis.barh(names, [row.tokens for row in rows])
+    tokens_axis.bar_label(bars, [human_count(row.tokens) for row in rows], padding=2, fontsize=7)
+    tokens_axis.set(xlabel="tokens", xticks=[])
+    tokens_axis.margins(x=0.2)
     height = 0.4 if with_run else 0.8
     shift = height / 2 if with_run else 0
     share_axis.barh(

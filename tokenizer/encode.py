@@ -148,7 +148,7 @@ def _encode_rest(job: _Job, state: dict[str, Any] | None, workers: int) -> dict[
     done_bytes = sum(source.bytes for source in job.inputs[: start.source])
     with (
         ShardWriter(job.prefix, job.loaded.vocab_size, keep=True, resume=position) as writer,
-        start_pool(workers, job.loaded) as pool,
+        start_pool(workers, job.tokenizer_dir) as pool,
         _bar(job, "encoding", done_bytes) as bar,
     ):
         last, committed = start, time.monotonic()

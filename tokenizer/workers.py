@@ -8,27 +8,23 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from pretrain.errors import DataError
-from tokenizer.folder import Loaded
+from tokenizer.folder import Loaded, load
 
-_worker: tuple[Tokenizer, int, np.dtype]
+_worker: Loaded
 T = TypeVar("T")
 
 
-def start_pool(workers: int, loaded: Loaded) -> ProcessPoolExecutor:
+def start_pool(workers: int, tokenizer_dir: Path) -> ProcessPoolExecutor:
     """`workers` processes, each with the tokenizer; for `in_order`."""
-    dtype = np.uint16 if loaded.vocab_size <= 2**16 else np.int32
-    return ProcessPoolExecutor(
-        workers,
-        get_context("spawn"),  # a fork would copy locks that threads hold
-        _start_worker,
-        (loaded.tokenizer.to_str(), loaded.end_of_text, dtype),
-    )
+    # A fork would copy locks that threads hold. The folder goes over, not the tokenizer: Python
+    # waits for ever to hand more than a pipe holds to a process that dies as it starts.
+    return ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer_dir,))
 
 
 def in_order(
@@ -56,13 +52,11 @@ def in_order(
         ) from None
 
 
-def _start_worker(tokenizer: str, end_of_text: int, dtype: Any) -> None:
+def _start_worker(tokenizer_dir: Path) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what to do
-    loaded = Tokenizer.from_str(tokenizer)
-    loaded.encode_special_tokens = True
-    _worker = loaded, end_of_text, np.dtype(dtype)
+    _worker = load(tokenizer_dir)
     # A worker waits for tasks on a pipe whose other end it holds too, so that a killed parent would
     # go unnoticed.
     parent = parent_process()
@@ -76,11 +70,12 @@ def _die_with(sentinel: int) -> None:
 
 
 def _encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    tokenizer, end_of_text, dtype = _worker
+    tokenizer, end_of_text, _, vocab_size = _worker
     ids: list[int] = []
     ends = np.empty(len(texts), np.int64)
     for k, encoding in enumerate(tokenizer.encode_batch_fast(texts, add_special_tokens=False)):
         ids += encoding.ids
         ids.append(end_of_text)
         ends[k] = len(ids)
+    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
     return np.array(ids, dtype), np.diff(ends, prepend=0).astype(np.int32)
