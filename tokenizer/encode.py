@@ -24,7 +24,7 @@ from tokenizer import manifest as manifests
 from tokenizer.documents import Input, find_inputs, read
 from tokenizer.duplicates import Seen, find_seen, lines_of, without_spaces
 from tokenizer.folder import Loaded, load
-from tokenizer.workers import in_order, start_pool
+from tokenizer.workers import Workers
 
 DEDUPLICATIONS = ("lines", "documents")
 _CHUNK_CHARACTERS = 2**18  # text encoded in one task, but for a single longer document
@@ -148,11 +148,11 @@ def _encode_rest(job: _Job, state: dict[str, Any] | None, workers: int) -> dict[
     done_bytes = sum(source.bytes for source in job.inputs[: start.source])
     with (
         ShardWriter(job.prefix, job.loaded.vocab_size, keep=True, resume=position) as writer,
-        start_pool(workers, job.tokenizer_dir) as pool,
+        Workers(workers, job.tokenizer_dir) as pool,
         _bar(job, "encoding", done_bytes) as bar,
     ):
         last, committed = start, time.monotonic()
-        for ids, lengths, after in in_order(pool, _chunks(job, seen, start, bar), 4 * workers):
+        for ids, lengths, after in pool.in_order(_chunks(job, seen, start, bar)):
             writer.extend(ids, lengths)
             last = after
             if time.monotonic() - committed > _COMMIT_SECONDS:
