@@ -17,6 +17,7 @@ from pretrain.config_rules import CHECKS, Check
 from pretrain.errors import ConfigError, Problem
 
 S = TypeVar("S", bound=Section)
+_SEE = "see configs/ for examples, `anthesis config --schema` for all keys of a run"
 
 
 def load(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -180,8 +181,8 @@ def _section_at(root: type[Section], location: tuple[Any, ...]) -> type[Section]
 def _describe(root: type[Section], location: tuple[Any, ...]) -> str:
     section = _section_at(root, location[:-1])
     if section and (field := section.model_fields.get(str(location[-1]))):
-        return field.description or "see `anthesis config --schema`"
-    return "see `anthesis config --schema`"
+        return field.description or _SEE
+    return _SEE
 
 
 def _valid_sections(root: type[Section], tree: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from pretrain.data import Shard
 from pretrain.errors import DataError
 from tests.test_documents import write_jsonl
+from tests.test_tokenizer_train import TEXTS
 from tokenizer import duplicates
 from tokenizer.duplicates import find_seen
 from tokenizer.encode import encode
@@ -25,13 +26,6 @@ from tokenizer.train import save, train_bpe
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT.parent / "shared" / "data" / "corpus"
-TEXTS = [
-    "The flower opens in the morning; the flower closes in the evening.",
-    "def open(flower):\n\treturn flower.petals  # five\r\n",
-    "La fleur s'ouvre le matin… Les fleurs, s'ouvrent-elles ?",
-    "花は朝に開く。花、夕方に閉じる。",
-    "फूल सुबह खिलता है। तुम؟ کیا، پھول۔",
-] * 20
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pretrain.data.mixture import Mixture as Placement
 from pretrain.errors import ConfigError
 from pretrain.observe.metrics import read_metrics
 from pretrain.train import train_run
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_worker
 from tests.test_data import make_source
 from tests.tiny import write_config
 
@@ -229,6 +229,15 @@ def _losses(world, path, *overrides):
     train_run(config, world)
     rows = read_metrics(config.run_directory / "metrics.jsonl")
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_too_many_epochs_are_told_before_the_run(tmp_path):
+    code, output = run_worker([str(write_config(tmp_path)), "data.mixture.epoch_limit=0.1"])
+    assert code == 0, output
+    sources = {line.split()[1]: line for line in output.splitlines() if "source " in line}
+    assert "over epoch_limit = 0.1" in sources["a:"]  # 0.14 epochs
+    assert "over" not in sources["b:"]  # 0.06
+    assert output.index("over epoch_limit") < output.index("before training")
 
 
 @pytest.mark.parametrize("kind", _RUNS)

@@ -18,7 +18,6 @@ from tokenizer.sentencepieces import to_tokenizer, train_sentencepiece
 
 PIECES = FAMILIES[1:]
 nfkc = normalizers.NFKC().normalize_str
-anything = st.text(st.characters(exclude_categories=["Cs"]))
 # Where sentencepiece and `tokenizers` could part: runs, spellings of tokens, separators.
 awkward = st.text(
     st.sampled_from("ab -=*▁\t\n\r\0<>/s0x41unkpdé花▅\u0301\u00a0ﬁ") | st.characters(codec="utf-8"),

@@ -1,4 +1,4 @@
-"""Training and importing tokenizers: BLOOM's pieces, the shares of sources, sentencepiece's ids."""
+"""Training tokenizers: BLOOM's pieces, the shares of sources, what is written and refused."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
 
 from pretrain.errors import ConfigError, DataError
 from tokenizer.config import TokenizerConfig, load_tokenizer_config
@@ -16,7 +15,6 @@ from tokenizer.sampling import allocate, draw_text, each_file, find_sources, mea
 from tokenizer.train import save, train, train_bpe
 
 ROOT = Path(__file__).parents[1]
-CORPUS = ROOT.parent / "shared" / "data" / "corpus"
 TEXTS = [
     "The flower opens in the morning; the flower closes in the evening.",
     "def open(flower):\n\treturn flower.petals  # five\r\n",
@@ -26,14 +24,7 @@ TEXTS = [
 ] * 20
 CODE = [path.read_text("utf-8") for path in sorted(ROOT.glob("pretrain/**/*.py"))]
 FAMILIES = ["byte-bpe", "sentencepiece-bpe", "sentencepiece-unigram"]
-PIECES = FAMILIES[1:]
-nfkc = normalizers.NFKC().normalize_str
 anything = st.text(st.characters(exclude_categories=["Cs"]))
-# Where sentencepiece and `tokenizers` could part: runs, spellings of tokens, separators.
-awkward = st.text(
-    st.sampled_from("ab -=*▁\t\n\r\0<>/s0x41unkpdé花▅\u0301\u00a0ﬁ") | st.characters(codec="utf-8"),
-    max_size=60,
-)
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +268,7 @@ def test_the_same_training_gives_the_same_bytes(tmp_path, family):
                                  multiple_of=16, reserved=8, inputs=inputs))  # fmt: skip
         files[name] = {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
     assert files["one"] == files["two"]
-    sentencepiece = {"sentencepiece.model"} if family in PIECES else set()
+    sentencepiece = {"sentencepiece.model"} if family in FAMILIES[1:] else set()
     assert files["one"].keys() == sentencepiece | {
         "tokenizer.json", "tokenizer_config.json", "training.json"
     }  # fmt: skip
