@@ -88,7 +88,7 @@ def _tokenizer_commands(command: Callable[..., argparse.ArgumentParser], command
     sub = command("inspect", _tokenizer_inspect, "what tokenizers make of text, by source", into)
     sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     sub.add_argument("--inputs", nargs="+", required=True, help="files or globs; each is a source")
-    sub.add_argument("--documents", type=int, default=1000, help="looked at in a source (1000)")
+    sub.add_argument("--documents", type=_positive, default=1000, help="of each source (1000)")
     sub.add_argument("--field", default="text", help="of a JSON line or a row (text)")
     sub.add_argument("--plot", type=Path, help="also draw the fertility to this PNG")
 
@@ -111,7 +111,7 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
                      help="at a line that is no document (stop)")  # fmt: skip
     sub.add_argument("--dedup", nargs="+", choices=("lines", "documents"), default=(),
                      help="drop exact repetitions, as BLOOM did")  # fmt: skip
-    sub.add_argument("--workers", type=int, help="processes that encode (one a core)")
+    sub.add_argument("--workers", type=_positive, help="processes that encode (one a core)")
     sub.add_argument("--restart", action="store_true", help="begin anew, discarding what is there")
 
     sub = command("check", _corpus_check, "verify checksums and layout of shards in full", into)
@@ -132,6 +132,12 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
     sub = command("stats", _corpus_stats, text, into)
     sub.add_argument("targets", nargs="+", type=_prefix, metavar="PREFIX|RUN|CONFIG")
     sub.add_argument("--plot", type=Path, help="also draw it to this PNG")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def _prefix(text: str) -> Path:

@@ -190,7 +190,8 @@ def test_steps_and_samples_outside_the_run_are_refused(corpus, run_config, capsy
     for arguments, message in (
         (["--step", "0"], "steps 1 to"),
         (["--step", "999"], "steps 1 to"),
-        (["--sample", "160"], "samples 0 to"),
+        (["--sample", "160"], "samples 0 to 158"),
+        (["--sample", "-1", "--validation"], "samples 0 to"),
     ):
         assert anthesis(["corpus", "show", str(run_config), *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -51,10 +51,12 @@ def show_document(prefix: Path, number: int, tokenizer_dir: Path | None) -> str:
 def show_sample(config: Config, sample: int, split: Split = "train") -> str:
     """A training sample by its number, with its source, documents and offsets."""
     recipe = config.build_recipe()
-    if not 0 <= sample < recipe.total_samples and split == "train":
+    # Held-out samples are as many as one asks for: they begin again after the last.
+    last = recipe.total_samples - 1 if split == "train" else 2**62
+    if not 0 <= sample <= last:
         raise UserError(
-            f"sample {sample} is not in the run\n  rule: it has samples 0 to "
-            f"{recipe.total_samples - 1}\n  cure: choose one of these"
+            f"sample {sample} is not in the run\n  rule: it has samples 0 to {last}\n"
+            "  cure: choose one of these"
         )
     corpus, decode = open_corpus(config, split), _Decoder(config.data.tokenizer)
     clock = recipe.clock_at(samples=sample)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -47,7 +48,7 @@ def find_inputs(patterns: Iterable[str | Path]) -> list[Input]:
             f"{', '.join(missing) or 'no input'}: not there; inputs are files, globs of files, or "
             "data sets hub:OWNER/NAME; check the paths"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(
             f"{', '.join(twice)}: stands there twice; its documents would be read twice; name it "

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,7 @@ class _Progress:
     bad_documents: int = 0
     duplicate_lines: int = 0
     duplicate_documents: int = 0
-    bad_examples: tuple[str, ...] = ()
-    sha256: tuple[str | None, ...] = ()  # of the inputs that are done
-    documents_by_source: tuple[int, ...] = ()
+    bad_examples: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,9 @@ class _Job:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
+        inputs = json.dumps(self.inputs).encode()  # there may be a million
         return {
-            "inputs": [list(source) for source in self.inputs],
+            "inputs": hashlib.sha256(inputs).hexdigest(),
             "tokenizer_sha256": self.loaded.fingerprint,
             "field": self.field,
             "deduplicated": list(self.dedup),
@@ -79,6 +78,28 @@ class _Job:
     @property
     def dedup_folder(self) -> Path:
         return Path(f"{self.prefix}.dedup")
+
+
+class _InputLog:
+    """SHA-256 and documents of each input that is done: a line each, in a file that only grows."""
+
+    def __init__(self, job: _Job, done: int) -> None:
+        """Go on after `done` inputs; lines of later ones were not committed."""
+        self._path = Path(f"{job.prefix}.inputs.partial")
+        self._file = self._path.open("r+b" if done else "wb")
+        for _ in range(done):
+            self._file.readline()
+        self._file.truncate()
+
+    def add(self, sha256: str | None, documents: int) -> None:
+        self._file.write(json.dumps([sha256, documents]).encode() + b"\n")
+
+    def commit(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def rows(self) -> list[tuple[str | None, int]]:
+        return [tuple(json.loads(line)) for line in self._path.read_text("utf-8").splitlines()]
 
 
 def encode(
@@ -141,10 +162,9 @@ def _encode_rest(job: _Job, state: dict[str, Any] | None, workers: int) -> dict[
     """From the last commit to a sealed shard."""
     start, position = _Progress(), None
     if state:
-        start = _Progress(**{k: tuple(v) if isinstance(v, list) else v
-                             for k, v in state["progress"].items()})  # fmt: skip
+        start = _Progress(**state["progress"])
         position = Position(*state["shard"])
-    seen = _find_duplicates(job)
+    seen, log = _find_duplicates(job), _InputLog(job, start.source)
     done_bytes = sum(source.bytes for source in job.inputs[: start.source])
     with (
         ShardWriter(job.prefix, job.loaded.vocab_size, keep=True, resume=position) as writer,
@@ -152,23 +172,24 @@ def _encode_rest(job: _Job, state: dict[str, Any] | None, workers: int) -> dict[
         _bar(job, "encoding", done_bytes) as bar,
     ):
         last, committed = start, time.monotonic()
-        for ids, lengths, after in pool.in_order(_chunks(job, seen, start, bar)):
+        for ids, lengths, after in pool.in_order(_chunks(job, seen, start, bar, log)):
             writer.extend(ids, lengths)
             last = after
             if time.monotonic() - committed > _COMMIT_SECONDS:
-                _commit(job, writer, after)
+                _commit(job, writer, log, after)
                 committed = time.monotonic()
         writer.seal()
-        manifest = _manifest(job, writer, last)
-        _commit(job, writer, last, manifest)
+        _commit(job, writer, log, last)
+        manifest = _manifest(job, writer, log, last)
+        _commit(job, writer, log, last, manifest)
     return manifest
 
 
 def _chunks(
-    job: _Job, seen: dict[str, Seen], start: _Progress, bar: "tqdm[Any]"
+    job: _Job, seen: dict[str, Seen], start: _Progress, bar: "tqdm[Any]", log: _InputLog
 ) -> Iterator[tuple[list[str], _Progress]]:
     now, texts, characters = replace(start), [], 0
-    for document in _documents(job, now, bar):
+    for document in _documents(job, now, bar, log):
         text = _deduplicated(document, seen, now)
         now.documents += 1
         if not text:
@@ -182,7 +203,9 @@ def _chunks(
     yield texts, replace(now)
 
 
-def _documents(job: _Job, now: _Progress, bar: "tqdm[Any]") -> Iterator[str]:
+def _documents(
+    job: _Job, now: _Progress, bar: "tqdm[Any]", log: _InputLog | None = None
+) -> Iterator[str]:
     """The documents from `now` on, which is kept up to date."""
     while now.source < len(job.inputs):
         source = job.inputs[now.source]
@@ -201,9 +224,9 @@ def _documents(job: _Job, now: _Progress, bar: "tqdm[Any]") -> Iterator[str]:
                 raise document
             now.bad_documents += 1
             if len(now.bad_examples) < _BAD_SHOWN:
-                now.bad_examples = (*now.bad_examples, str(document).partition(";")[0])
-        now.sha256 = (*now.sha256, digest.hexdigest() if source.bytes else None)
-        now.documents_by_source = (*now.documents_by_source, now.documents_of_source)
+                now.bad_examples = [*now.bad_examples, str(document).partition(";")[0]]
+        if log is not None:
+            log.add(digest.hexdigest() if source.kind != "hub" else None, now.documents_of_source)
         now.source, now.documents_of_source = now.source + 1, 0
 
 
@@ -261,7 +284,7 @@ def _state(job: _Job) -> dict[str, Any] | None:
         state = json.loads(job.state_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    before, now = state["settings"], json.loads(json.dumps(job.settings()))
+    before, now = state["settings"], job.settings()
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         raise DataError(
@@ -274,9 +297,14 @@ def _state(job: _Job) -> dict[str, Any] | None:
 
 
 def _commit(
-    job: _Job, writer: ShardWriter, progress: _Progress, manifest: dict[str, Any] | None = None
+    job: _Job,
+    writer: ShardWriter,
+    log: _InputLog,
+    progress: _Progress,
+    manifest: dict[str, Any] | None = None,
 ) -> None:
     position = writer.commit()
+    log.commit()
     state = {"settings": job.settings(), "progress": asdict(progress), "shard": list(position)}
     manifests.write_aside(job.state_file, json.dumps(state | {"manifest": manifest}))
 
@@ -301,14 +329,14 @@ def _already_done(job: _Job, state: dict[str, Any] | None, restart: bool) -> dic
     )
 
 
-def _manifest(job: _Job, writer: ShardWriter, counts: _Progress) -> dict[str, Any]:
+def _manifest(job: _Job, writer: ShardWriter, log: _InputLog, counts: _Progress) -> dict[str, Any]:
     return {
         "documents": writer.documents,
         "tokens": writer.tokens,
         "text_bytes": counts.text_bytes,
         "empty_documents": counts.empty_documents,
         "bad_documents": counts.bad_documents,
-        "bad_examples": list(counts.bad_examples),
+        "bad_examples": counts.bad_examples,
         "duplicate_documents": counts.duplicate_documents,
         "duplicate_lines": counts.duplicate_lines,
         "deduplicated": list(job.dedup),
@@ -319,9 +347,7 @@ def _manifest(job: _Job, writer: ShardWriter, counts: _Progress) -> dict[str, An
         "tokenizer_sha256": job.loaded.fingerprint,
         "inputs": [
             {"path": source.name, "bytes": source.bytes, "sha256": sha256, "documents": documents}
-            for source, sha256, documents in zip(
-                job.inputs, counts.sha256, counts.documents_by_source, strict=True
-            )
+            for source, (sha256, documents) in zip(job.inputs, log.rows(), strict=True)
         ],
         "files": manifests.digests_of_partial(job.prefix),
         "versions": manifests.versions(),
@@ -331,6 +357,7 @@ def _manifest(job: _Job, writer: ShardWriter, counts: _Progress) -> dict[str, An
 def _forget(job: _Job) -> None:
     """Remove what only an interrupted encoding needs."""
     remove_partial_files(job.prefix)
+    Path(f"{job.prefix}.inputs.partial").unlink(missing_ok=True)
     job.state_file.unlink(missing_ok=True)
     shutil.rmtree(job.dedup_folder, ignore_errors=True)
 
