@@ -16,18 +16,20 @@ from pretrain.errors import UserError
 from pretrain.model import build_model
 
 
-def load_model(run_directory: Path, plain: bool = False) -> tuple[Config, nn.Module]:
+def load_model(run_directory: Path, attention_of_run: bool = False) -> tuple[Config, nn.Module]:
     """The config of a run and its model with the fp32 weights of the newest checkpoint.
 
-    A `plain` model attends across documents even if the run does not: as transformers' BLOOM does,
-    which is the same for a single document.
+    The model attends across documents, as transformers' BLOOM does, which is the same for a single
+    one; with `attention_of_run` as the run does.
     """
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"  # transformers imports DeepSpeed, which else warns
     checkpoint = newest_checkpoint(run_directory)
     config = load(run_directory / "config.toml")
     masters = read_masters(checkpoint)
-    model = build_model(config.model, end_of_text=None if plain else config.attention_end)
+    model = build_model(
+        config.model, end_of_text=config.attention_end if attention_of_run else None
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(masters[name].view(parameter.shape))
@@ -37,7 +39,7 @@ def load_model(run_directory: Path, plain: bool = False) -> tuple[Config, nn.Mod
 @torch.no_grad()
 def evaluate(run_directory: Path, samples: int | None = None) -> str:
     """Loss and perplexity on the first `samples` held-out samples, as a line of text."""
-    config, model = load_model(run_directory)
+    config, model = load_model(run_directory, attention_of_run=True)
     samples = samples or config.validation.samples
     corpus = Corpus(config.data, config.seed, config.model.vocab_size, "validation")
     device = next(model.parameters()).device
@@ -53,7 +55,7 @@ def export(run_directory: Path, target: Path) -> str:
     """Write the model and its tokenizer as a transformers folder; says what was checked."""
     from pretrain.model.hf import export_hf
 
-    config, model = load_model(run_directory, plain=True)
+    config, model = load_model(run_directory)
     length = config.data.sequence_length
     export_hf(model, config.model, target, config.data.tokenizer, sequence_length=length)
     return f"{target}: written; loaded back by transformers, its logits equal the run's"
@@ -66,7 +68,7 @@ def sample(
     """`text` continued by `new_tokens` tokens; temperature 0 takes the likeliest each time."""
     from pretrain.model.hf import hf_counterpart, load_tokenizer
 
-    config, model = load_model(run_directory, plain=True)
+    config, model = load_model(run_directory)
     if config.data.tokenizer is None:
         raise UserError(
             f"{run_directory}: the run has no tokenizer to read the text with\n"

@@ -88,6 +88,14 @@ def test_blocks_are_named_and_counted(corpus, tmp_path, monkeypatch):
         check([prefix])
 
 
+def test_files_of_another_shard_are_found(corpus, tmp_path):
+    prefix = copied(corpus, tmp_path)
+    for suffix in ("bin", "idx"):
+        shutil.copy(corpus / f"odd.{suffix}", f"{prefix}.{suffix}")
+    with pytest.raises(DataError, match=r"even\.bin: .* bytes, but .* were written"):
+        check([prefix])
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 10**6])
 def test_invariants_hold_without_checksums_too(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(corpus_check, "_SEQUENCES", chunk)

@@ -106,6 +106,7 @@ def test_tables_are_read_by_datasets(tmp_path, name):
     found = list(read(find_inputs([write_table(path, holes)])[0]))
     assert [f for f in found if isinstance(f, str)] == ["a", "b", "c"]
     assert "row 3 has no text" in str(found[3])
+    assert "row 3 has no text" in str(next(read(find_inputs([path])[0], skip=3)))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=rf"{name}: cannot be read"):
         list(read_documents([path]))

@@ -134,9 +134,10 @@ def test_counts_taken_are_exact_at_any_sample_of_any_stage():
 # --- Megatron's order ----------------------------------------------------------------------------
 
 
-def test_megatrons_order_through_the_corpus(sources, tmp_path):
-    # The blend of the published rule, step by step, and one sample of each source by its index.
-    weights = [0.5, 0.3, 0.2]
+@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2], [0.0, 0.5, 0.5]])
+def test_megatrons_order_through_the_corpus(sources, tmp_path, weights):
+    # The blend of the published rule, step by step, and samples by the index of their source. One
+    # of weight 0 has its turn where the others have had more than their due.
     base = [s.model_copy(update={"weight": w}) for s, w in zip(sources, weights, strict=True)]
     corpus = corpus_of(base, samples=600, order="megatron", index_directory=tmp_path)
     taken, expected = [0, 0, 0], []
@@ -147,6 +148,7 @@ def test_megatrons_order_through_the_corpus(sources, tmp_path):
     rows = corpus.batch(0, 600)
     assert (rows[:, 0] // 10_000).tolist() == expected
     assert [row.samples for row in corpus.summary(600)] == taken
+    assert weights[0] > 0 or taken[0] > 0
     for sample in (0, 17, 599):
         source, epoch, spans = corpus.locate(sample)
         assert epoch is None

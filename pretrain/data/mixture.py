@@ -57,7 +57,7 @@ class Mixture:
         self._stages: list[_Stage] = []
         taken = np.zeros_like(stages[0][1])
         for k, (first, counts) in enumerate(stages):
-            stage = _Stage(first, taken, counts, seed if k == 0 else derive_key(seed, "stage", k))
+            stage = _Stage(first, taken, counts, seed)
             self._stages.append(stage)
             if k + 1 < len(stages):
                 taken = taken + stage.taken(firsts[k + 1] - first)
