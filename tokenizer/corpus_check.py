@@ -1,8 +1,6 @@
 """Is a shard what it was when it was written, and is its layout sound? All of it, on all cores."""
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +64,7 @@ def _faults(shard: Shard, manifest: dict[str, Any] | None) -> Iterator[str]:
             return result
 
         ends = []
-        for fault, count in _map(look_at, shard.tokens, _TOKENS):
+        for fault, count in manifests.over_blocks(look_at, shard.tokens, _TOKENS):
             ends.append(count)
             if fault:
                 yield fault
@@ -137,11 +135,5 @@ def _token_fault(
     ), ends
 
 
-def _map(look: Callable[[int], Any], count: int, step: int) -> Iterator[Any]:
-    """`look` at every range, in threads: numpy and reading leave Python's lock."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.map(look, range(0, count, step))
-
-
 def _parallel(look: Callable[[int], str | None], count: int, step: int) -> Iterator[str]:
-    yield from (fault for fault in _map(look, count, step) if fault)
+    yield from (fault for fault in manifests.over_blocks(look, count, step) if fault)

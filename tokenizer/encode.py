@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ class _Job:
     skip_bad: bool
     dedup: tuple[str, ...]
 
+    @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
-        inputs = json.dumps(self.inputs).encode()  # there may be a million
+        """What decides the result; made once, since there may be a million inputs."""
+        inputs = json.dumps(self.inputs).encode()
         return {
             "inputs": hashlib.sha256(inputs).hexdigest(),
             "tokenizer_sha256": self.loaded.fingerprint,
@@ -99,6 +101,7 @@ class _InputLog:
         os.fsync(self._file.fileno())
 
     def rows(self) -> list[tuple[str | None, int]]:
+        self.commit()
         return [tuple(json.loads(line)) for line in self._path.read_text("utf-8").splitlines()]
 
 
@@ -179,7 +182,6 @@ def _encode_rest(job: _Job, state: dict[str, Any] | None, workers: int) -> dict[
                 _commit(job, writer, log, after)
                 committed = time.monotonic()
         writer.seal()
-        _commit(job, writer, log, last)
         manifest = _manifest(job, writer, log, last)
         _commit(job, writer, log, last, manifest)
     return manifest
@@ -284,7 +286,7 @@ def _state(job: _Job) -> dict[str, Any] | None:
         state = json.loads(job.state_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    before, now = state["settings"], job.settings()
+    before, now = state["settings"], job.settings
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         raise DataError(
@@ -305,7 +307,7 @@ def _commit(
 ) -> None:
     position = writer.commit()
     log.commit()
-    state = {"settings": job.settings(), "progress": asdict(progress), "shard": list(position)}
+    state = {"settings": job.settings, "progress": asdict(progress), "shard": list(position)}
     manifests.write_aside(job.state_file, json.dumps(state | {"manifest": manifest}))
 
 
@@ -315,7 +317,7 @@ def _already_done(job: _Job, state: dict[str, Any] | None, restart: bool) -> dic
         return None
     found = manifests.read(job.prefix)
     paths = [(source.name, source.bytes) for source in job.inputs]
-    settings = job.settings()
+    settings = job.settings
     if (
         found is not None
         and [(entry["path"], entry["bytes"]) for entry in found["inputs"]] == paths

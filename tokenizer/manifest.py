@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain.data.shard_writer import partial_files
 from pretrain.errors import DataError
 
 BLOCK_BYTES = 2**26  # hashed by itself, so that one file keeps all cores busy
 _SUFFIXES = ("bin", "idx")
+T = TypeVar("T")
 
 
 def path_of(prefix: Path | str) -> Path:
@@ -94,7 +95,7 @@ def faults(
 def digests(
     path: Path, block_bytes: int, progress: Callable[[int], object] = lambda size: None
 ) -> Iterator[str]:
-    """SHA-256 of each block of a file, on all cores (hashing leaves Python's lock)."""
+    """SHA-256 of each block of a file, on all cores."""
 
     def digest(begin: int) -> str:
         found, left = hashlib.sha256(), block_bytes
@@ -106,5 +107,11 @@ def digests(
                 progress(len(content))
         return found.hexdigest()
 
+    yield from over_blocks(digest, path.stat().st_size, block_bytes)
+
+
+def over_blocks(look: Callable[[int], T], size: int, block: int) -> Iterator[T]:
+    """`look(begin)` of every block of `size`, in order, by a thread a core: for work that leaves
+    Python's lock, as hashing, numpy and reading do."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.map(digest, range(0, path.stat().st_size, block_bytes))
+        yield from pool.map(look, range(0, size, block))

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -205,26 +206,27 @@ class Corpus:
                 }
                 for first, counts in stages
             ],
-            "sources": [
-                {
-                    "name": stream.name,
-                    "shard": stream.shard.fingerprint(),
-                    "documents": stream.shard.documents,
-                    "tokens": stream.shard.tokens,
-                }
-                for stream in (self._streams[k] for k in used)
-            ],
+            "sources": [self._source_facts[k] for k in used],
         }
         text = json.dumps(found, sort_keys=True).encode()
         return {**found, "hash": hashlib.blake2b(text, digest_size=16).hexdigest()}
 
+    @cached_property
+    def _source_facts(self) -> list[dict[str, Any]]:
+        """What each source holds; read once, since every checkpoint asks for it."""
+        return [
+            {
+                "name": stream.name,
+                "shard": stream.shard.fingerprint(),
+                "documents": stream.shard.documents,
+                "tokens": stream.shard.tokens,
+            }
+            for stream in self._streams
+        ]
+
     def summary(self, samples: int) -> list[SourceSummary]:
         """What the first `samples` samples take from each source; exact, one row per source."""
-        if isinstance(self._mixture, Mixture):
-            taken = self._mixture.taken(samples)
-        else:
-            sources, _ = self._mixture.place(0, samples)
-            taken = np.bincount(sources, minlength=len(self._streams))
+        taken = self._mixture.taken(samples)
         return [
             SourceSummary(
                 source=stream.name,

@@ -207,6 +207,14 @@ class Blend:
         rows = slice(first - block * _BLOCK, first - block * _BLOCK + count)
         return sources[rows], numbers[rows]
 
+    def taken(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples each source gives, int64 [sources]."""
+        if self._sources == 1:
+            return np.array([samples])
+        block = max(samples - 1, 0) // _BLOCK
+        sources, _ = self.place(block * _BLOCK, samples - block * _BLOCK)
+        return self._blocks["taken"][block] + np.bincount(sources, minlength=self._sources)
+
 
 def wanted_samples(samples: int, weights: Sequence[float]) -> list[int]:
     """Samples to index of each source for a blend of `samples`, with 0.5% to spare.
