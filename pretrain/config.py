@@ -5,36 +5,23 @@ span several keys. Nothing else in the project restates a setting: DeepSpeed's J
 derived from here.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
+from pydantic import Field, model_validator
+
+from pretrain.config_base import (
+    AbsolutePath,
+    Fraction,
+    Positive,
+    PositiveNumber,
+    Rate,
+    Section,
+    union_by,
 )
-
+from pretrain.config_recipe import Constants, RecipeSection, build_recipe
 from pretrain.quantities import Duration, Horizon
-from pretrain.recipe import LinearRamp, Recipe, WarmupCosine
-
-Positive = Annotated[int, Field(gt=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# Taken from the working directory at once, so that the saved config works from anywhere.
-AbsolutePath = Annotated[
-    Path, AfterValidator(lambda path: Path(os.path.abspath(path.expanduser())))
-]
-
-
-class Section(BaseModel):
-    """Base of all config sections: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from pretrain.recipe import Recipe
 
 
 class BloomModel(Section):
@@ -45,14 +32,16 @@ class BloomModel(Section):
     hidden_size: Positive
     layers: Positive
     heads: Positive
-    init_std: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    init_std: PositiveNumber | None = Field(
         None,
         description="standard deviation of the weights at initialisation (BLOOM: 0.0048 for all "
         "sizes); default sqrt(1 / (3 hidden_size)). Projections back into the residual stream "
         "get it divided by sqrt(2 layers)",
     )
     layernorm_epsilon: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    dropout: Fraction = Field(0.0, description="inside and after attention, and after the MLP")
+    dropout: Fraction = Field(
+        0.0, description="of embeddings, inside and after attention, after the MLP (BLOOM: 0.1)"
+    )
     residual: bool = Field(True, description="false removes the skip connections (for studies)")
 
 
@@ -66,14 +55,7 @@ class HfModel(Section):
     )
 
 
-def family_of(value: Any) -> str:
-    """The model family that a raw or validated model section names."""
-    return value.get("family", "bloom") if isinstance(value, dict) else value.family
-
-
-Model = Annotated[
-    Annotated[BloomModel, Tag("bloom")] | Annotated[HfModel, Tag("hf")], Discriminator(family_of)
-]
+Model = union_by("family", BloomModel, HfModel)
 
 
 class Source(Section):
@@ -141,6 +123,11 @@ class Data(Section):
         description="window: attention crosses the documents of a sample, as in BLOOM; document: "
         "it stays inside each",
     )
+    epoch_tokens: Positive | None = Field(
+        None,
+        description="tokens of an epoch, needed where a horizon is given in epochs; "
+        "`anthesis corpus stats CONFIG` tells it",
+    )
     end_of_text: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None, description="id of the token that ends a document (BLOOM: 2)"
     )
@@ -167,39 +154,12 @@ class Data(Section):
         }
 
 
-class LearningRate(Section):
-    """Linear warm-up, then cosine to a floor; the rate of an update is that of the samples consumed
-    before it, so the first update has rate 0 (as in BLOOM)."""
-
-    peak: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    floor: Rate = 0.0
-    warmup: Horizon = Horizon(0, "tokens")
-    decay: Horizon = Field(description="where the cosine reaches the floor")
-
-
-class Batch(Section):
-    """Samples of a global batch: constant, or growing linearly from `start` to `final`."""
-
-    final: Positive
-    start: Positive | None = Field(None, description="default: final, so a constant batch")
-    increment: Positive | None = None
-    ramp: Horizon | None = Field(None, description="length of the growth")
-
-
-class RecipeSection(Section):
-    """Length, learning rate and batch of the run, on the token clock."""
-
-    train: Horizon = Field(description="length of the run; a partial last batch is dropped")
-    learning_rate: LearningRate
-    batch: Batch
-
-
 class Optimizer(Section):
     """The optimizer and its constants."""
 
     name: Literal["adamw"] = "adamw"
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-8
+    epsilon: PositiveNumber = 1e-8
     weight_decay: Rate = Field(0.1, description="of embeddings and matrices, not biases and norms")
     clip_norm: Rate = Field(1.0, description="global norm to which gradients are cut; 0: never")
 
@@ -288,21 +248,12 @@ class Config(Section):
 
     def build_recipe(self) -> Recipe:
         """The recipe with all horizons converted to samples, once."""
-        length, rate, batch = (
-            self.data.sequence_length,
-            self.recipe.learning_rate,
-            self.recipe.batch,
-        )
-        ramp = batch.ramp.samples(length) if batch.ramp else 0
-        return Recipe(
-            sequence_length=length,
-            train_samples=self.recipe.train.samples(length),
-            learning_rate=WarmupCosine(
-                rate.peak, rate.floor, rate.warmup.samples(length), rate.decay.samples(length)
-            ),
-            batch=LinearRamp(batch.start or batch.final, batch.final, batch.increment or 1, ramp),
-            weight_decay=self.optimizer.weight_decay,
-            betas=self.optimizer.betas,
+        optimizer, data = self.optimizer, self.data
+        return build_recipe(
+            self.recipe,
+            data.sequence_length,
+            data.epoch_tokens,
+            Constants(optimizer.weight_decay, optimizer.betas, optimizer.clip_norm),
         )
 
 

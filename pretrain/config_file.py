@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from pretrain.config import BloomModel, Config, HfModel, Section, family_of
+from pretrain.config import Config
+from pretrain.config_base import TAGS, Section, sections_of
 from pretrain.config_rules import CHECKS, Check
 from pretrain.errors import ConfigError, Problem
 
@@ -141,48 +142,46 @@ def _override(tree: dict[str, Any], text: str) -> Problem | None:
 
 def _explain(root: type[Section], detail: Any) -> Problem:
     """A pydantic error in our words: the key, what was found, the rule and the cure."""
-    location = [part for part in detail["loc"] if part not in ("bloom", "hf")]
+    section, location = _resolve(root, detail["loc"])
     key, found, message = ".".join(map(str, location)), detail.get("input"), detail["msg"]
     message = message.removeprefix("Value error, ")
-    description = _describe(root, detail["loc"])
+    field = section.model_fields.get(str(location[-1])) if section and location else None
+    description = field.description if field and field.description else _SEE
     if detail["type"] == "extra_forbidden":
-        names = _names_at(root, detail["loc"][:-1])
-        near = difflib.get_close_matches(str(location[-1]), names, n=1)
-        cure = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
-        return Problem(key, found, "no such key", cure)
+        names = list(section.model_fields) if section else []
+        return Problem(key, found, "no such key", _nearest(str(location[-1]), names))
     if detail["type"] == "missing":
         return Problem(key, None, "the key is required", f"add it ({description})")
     if detail["type"] == "union_tag_invalid":
-        return Problem(f"{key}.family", family_of(found), "a known model family",
-                       'use "bloom" or "hf"')  # fmt: skip
+        name = detail["ctx"]["discriminator"].strip("'()")
+        known = [tag.strip(" '") for tag in detail["ctx"]["expected_tags"].split(",")]
+        tag = detail["ctx"]["tag"]
+        return Problem(f"{key}.{name}", tag, f"a known {name}", _nearest(tag, known))
     return Problem(key, found, message[0].lower() + message[1:], description)
 
 
-def _names_at(root: type[Section], location: tuple[Any, ...]) -> list[str]:
-    section = _section_at(root, location)
-    return list(section.model_fields) if section else []
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(names))}"
 
 
-def _section_at(root: type[Section], location: tuple[Any, ...]) -> type[Section] | None:
-    """The section class that a pydantic error location points into."""
-    section = root
+def _resolve(
+    root: type[Section], location: tuple[Any, ...]
+) -> tuple[type[Section] | None, list[Any]]:
+    """The section in which the last part of a pydantic location lies, and the location without the
+    tags that pydantic puts in where a section is one of several."""
+    section: type[Section] | None = root
+    inside: list[type[Section]] = [root]
+    key: list[Any] = []
     for part in location:
-        if part in ("bloom", "hf"):
-            section = BloomModel if part == "bloom" else HfModel
-        elif isinstance(part, str) and part in section.model_fields:
-            annotation = section.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            inner = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
-            if inner:
-                section = inner[0]
-    return section
-
-
-def _describe(root: type[Section], location: tuple[Any, ...]) -> str:
-    section = _section_at(root, location[:-1])
-    if section and (field := section.model_fields.get(str(location[-1]))):
-        return field.description or _SEE
-    return _SEE
+        if len(inside) > 1 and (chosen := [s for s in inside if TAGS.get(s) == part]):
+            inside = chosen
+            continue
+        section = inside[0] if len(inside) == 1 else None
+        key.append(part)
+        if isinstance(part, str) and section and part in section.model_fields:
+            inside = sections_of(section.model_fields[part])
+    return section, key
 
 
 def _valid_sections(root: type[Section], tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pretrain.config import (
-    BloomModel,
-    Checkpoint,
-    Data,
-    HfModel,
+from pretrain.config import BloomModel, Checkpoint, Data, HfModel, Optimizer, Validation
+from pretrain.config_rates import InverseSqrt, MultiStep, OneCycle, Step
+from pretrain.config_recipe import (
+    GrowingBatch,
+    RampBatch,
     RecipeSection,
-    Validation,
+    TableBatch,
+    horizons,
+    recipe_axis,
 )
 from pretrain.errors import Problem
 
@@ -91,7 +93,7 @@ def _attention_rules(data: Data, model: BloomModel | HfModel) -> Iterator[Proble
 @_check("data", "recipe")
 def _mixture_rules(data: Data, recipe: RecipeSection) -> Iterator[Problem]:
     mixture, length = data.mixture, data.sequence_length
-    if mixture.cap and (mixture.cap.unit == "steps" or mixture.cap.value == 0):
+    if mixture.cap and (mixture.cap.unit in ("steps", "epochs") or mixture.cap.value == 0):
         yield Problem("data.mixture.cap", str(mixture.cap), "a number of tokens above 0",
                       "for example '50B tokens'")  # fmt: skip
     known, last = {source.name for source in data.sources}, 0
@@ -104,12 +106,13 @@ def _mixture_rules(data: Data, recipe: RecipeSection) -> Iterator[Problem]:
         if sum(stage.weights.values()) == 0:
             yield Problem(f"{key}.weights", dict(stage.weights), "weights must not sum to 0",
                           "give a source a weight above 0")  # fmt: skip
-        if stage.begins.unit == "steps":
+        if stage.begins.unit in ("steps", "epochs"):
             yield Problem(f"{key}.begins", str(stage.begins), "tokens or samples: the clock is "
                           "tokens", "state it in tokens")  # fmt: skip
             continue
         first = stage.begins.samples(length)
-        end = None if recipe.train.unit == "steps" else recipe.train.samples(length)
+        in_samples = recipe.train.unit in ("tokens", "samples")
+        end = recipe.train.samples(length) if in_samples else None
         if first <= last or (end is not None and first >= end):
             yield Problem(f"{key}.begins", str(stage.begins), "stages begin one after another, "
                           f"after the start and before train = {recipe.train}",
@@ -117,45 +120,15 @@ def _mixture_rules(data: Data, recipe: RecipeSection) -> Iterator[Problem]:
         last = max(first, last)
 
 
-@_check("recipe", "data")
-def _horizon_rules(recipe: RecipeSection, data: Data) -> Iterator[Problem]:
-    rate, batch, length = recipe.learning_rate, recipe.batch, data.sequence_length
-    horizons = {
-        "recipe.train": recipe.train,
-        "recipe.learning_rate.warmup": rate.warmup,
-        "recipe.learning_rate.decay": rate.decay,
-        "recipe.batch.ramp": batch.ramp,
-    }
-    in_steps = [key for key, horizon in horizons.items() if horizon and horizon.unit == "steps"]
-    for key in in_steps:
-        yield Problem(key, str(horizons[key]), "tokens or samples: the clock is tokens, and steps "
-                      "have no fixed size in a batch ramp", "state it in tokens")  # fmt: skip
-    if in_steps:
-        return
-    if rate.warmup.samples(length) >= rate.decay.samples(length):
-        yield Problem("recipe.learning_rate.decay", str(rate.decay),
-                      f"must come after warmup = {rate.warmup}",
-                      "lengthen decay or shorten warmup")  # fmt: skip
-    if rate.floor > rate.peak:
-        yield Problem("recipe.learning_rate.floor", rate.floor,
-                      f"must not exceed peak = {rate.peak}",
-                      "BLOOM: a tenth of the peak")  # fmt: skip
-    if recipe.train.samples(length) < (batch.start or batch.final):
-        yield Problem("recipe.train", str(recipe.train),
-                      f"at least one batch: {batch.start or batch.final} samples of {length}",
-                      "lengthen the run or shrink the batch")  # fmt: skip
-    if batch.ramp and batch.ramp.samples(length) > recipe.train.samples(length):
-        yield Problem("recipe.batch.ramp", str(batch.ramp), f"must end within train = "
-                      f"{recipe.train}", "shorten the ramp or lengthen the run")  # fmt: skip
-
-
 @_check("recipe")
 def _ramp_rules(recipe: RecipeSection) -> Iterator[Problem]:
     batch = recipe.batch
+    if not isinstance(batch, RampBatch):
+        return
     start = batch.start or batch.final
     if start > batch.final:
         yield Problem("recipe.batch.start", start, f"must not exceed final = {batch.final}",
-                      "a batch only grows")  # fmt: skip
+                      "a ramp only grows; schedule = 'table' may shrink")  # fmt: skip
     elif start < batch.final:
         for key in ("increment", "ramp"):
             if getattr(batch, key) is None:
@@ -170,10 +143,110 @@ def _ramp_rules(recipe: RecipeSection) -> Iterator[Problem]:
                           "remove start for a constant batch")  # fmt: skip
 
 
+@_check("recipe", "optimizer")
+def _scaling_rules(recipe: RecipeSection, optimizer: Optimizer) -> Iterator[Problem]:
+    scaling, rate = recipe.scaling, recipe.learning_rate
+    if scaling and scaling.rule in ("linear-then-sqrt", "noise-scale"):
+        if scaling.critical_batch is None:
+            yield Problem("recipe.scaling.critical_batch", None, f"required by {scaling.rule}",
+                          "the batch at which larger ones stop paying, in samples")  # fmt: skip
+    elif scaling and scaling.critical_batch is not None:
+        yield Problem("recipe.scaling.critical_batch", scaling.critical_batch,
+                      f"rule = '{scaling.rule}' has none", "remove it")  # fmt: skip
+    if isinstance(rate, OneCycle) and rate.cycle_momentum and recipe.momentum:
+        yield Problem("recipe.momentum", str(recipe.momentum), "one-cycle cycles the momentum",
+                      "set recipe.learning_rate.cycle_momentum = false")  # fmt: skip
+    if recipe.momentum and recipe.momentum.to >= 1:
+        yield Problem("recipe.momentum.to", recipe.momentum.to, "below 1", "usual: 0.9 to 0.95")
+    if recipe.clip_norm and not (optimizer.clip_norm and recipe.clip_norm.to):
+        yield Problem("recipe.clip_norm", str(recipe.clip_norm),
+                      "changes a norm above 0 to another",
+                      "0 means never: choose a large norm instead")  # fmt: skip
+
+
+@_check("recipe", "data")
+def _horizon_rules(recipe: RecipeSection, data: Data) -> Iterator[Problem]:
+    if any(_ramp_rules(recipe)):
+        return
+    rate, batch, length = recipe.learning_rate, recipe.batch, data.sequence_length
+    problems = []
+    for key, horizon in horizons(recipe, "recipe"):
+        if horizon.unit == "epochs" and data.epoch_tokens is None:
+            problems.append(Problem(key, str(horizon), "epochs need data.epoch_tokens",
+                            "`anthesis corpus stats CONFIG` tells it"))  # fmt: skip
+        elif horizon.value == 0 and key.rpartition(".")[2] in _NOT_EMPTY:
+            problems.append(Problem(key, str(horizon), "longer than nothing", "for example '1B'"))
+    if isinstance(batch, TableBatch) and batch.stages[0].begins.value:
+        problems.append(Problem("recipe.batch.stages.0.begins", str(batch.stages[0].begins),
+                        "the first stage begins at 0", "begins = 0"))  # fmt: skip
+    if isinstance(batch, GrowingBatch):
+        if not isinstance(rate, Step | MultiStep):
+            problems.append(Problem("recipe.batch.schedule", batch.schedule,
+                            "the batch takes over the drops of shape step or multi-step",
+                            "choose one of these shapes"))  # fmt: skip
+        if batch.largest < batch.start:
+            problems.append(Problem("recipe.batch.largest", batch.largest,
+                            f"at least start = {batch.start}", "a batch only grows"))  # fmt: skip
+    yield from problems
+    if not problems:
+        yield from _order_in_time(recipe, data, length)
+
+
+# Lengths that must not be 0, wherever they stand in the recipe.
+_NOT_EMPTY = {"train", "every", "rise", "fall", "timescale", "cooldown", "hold"}
+
+
+def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[Problem]:
+    """Rules about what comes before what, once all horizons can be converted."""
+    rate = recipe.learning_rate
+    axis = recipe_axis(recipe, length, data.epoch_tokens)
+    edges = [edge for edge, _ in axis.batch.edges]
+    if edges != sorted(edges):
+        yield Problem("recipe.batch.stages", edges, "stages begin one after another",
+                      "order them by begins")  # fmt: skip
+        return
+    if axis.train_samples < (first := axis.batch(0)):
+        yield Problem("recipe.train", str(recipe.train),
+                      f"at least one batch: {first} samples of {length}",
+                      "lengthen the run or shrink the batch")  # fmt: skip
+    if edges[-1] > axis.train_samples and isinstance(recipe.batch, RampBatch):
+        yield Problem("recipe.batch.ramp", str(recipe.batch.ramp), f"must end within train = "
+                      f"{recipe.train}", "shorten the ramp or lengthen the run")  # fmt: skip
+    if (floor := getattr(rate, "floor", 0.0)) > rate.peak:
+        yield Problem("recipe.learning_rate.floor", floor,
+                      f"must not exceed peak = {rate.peak}",
+                      "BLOOM: a tenth of the peak")  # fmt: skip
+    decay = getattr(rate, "decay", None)
+    begin, end = axis(rate.warmup), axis.end(decay)
+    if isinstance(rate, OneCycle):
+        begin += axis(rate.rise) * (2 if rate.three_phase else 1)
+    if getattr(rate, "cooldown", None):
+        begin += axis(rate.cooldown)
+    if begin >= end:
+        yield Problem("recipe.learning_rate.decay", str(decay or recipe.train),
+                      f"must come after warmup = {rate.warmup} and what follows it",
+                      "lengthen decay (default: train) or shorten what comes before")  # fmt: skip
+    if isinstance(rate, MultiStep):
+        drops = list(rate.drops(axis))
+        if drops != sorted(set(drops)) or drops[0] < axis(rate.warmup):
+            yield Problem("recipe.learning_rate.milestones", [str(m) for m in rate.milestones],
+                          "come one after another, after the warm-up", "order them")  # fmt: skip
+    if isinstance(rate, InverseSqrt) and axis(rate.timescale or rate.warmup) == 0:
+        yield Problem("recipe.learning_rate.timescale", None, "longer than nothing where there is "
+                      "no warmup", "set warmup or timescale")  # fmt: skip
+    for name in ("weight_decay", "momentum", "clip_norm"):
+        change = getattr(recipe, name)
+        if change and axis(change.begins) >= axis.end(change.ends):
+            yield Problem(f"recipe.{name}.ends", str(change.ends or recipe.train),
+                          f"must come after begins = {change.begins}",
+                          "move one of them")  # fmt: skip
+
+
 @_check("checkpoint", "validation")
 def _interval_rules(checkpoint: Checkpoint, validation: Validation) -> Iterator[Problem]:
     intervals = {"checkpoint.every": checkpoint.every, "checkpoint.keep_every":
                  checkpoint.keep_every, "validation.every": validation.every}  # fmt: skip
     for key, interval in intervals.items():
-        if interval is not None and interval.value == 0:
-            yield Problem(key, str(interval), "greater than 0", "for example '500 steps'")
+        if interval is not None and (interval.value == 0 or interval.unit == "epochs"):
+            yield Problem(key, str(interval), "steps, samples or tokens, greater than 0",
+                          "for example '500 steps'")  # fmt: skip

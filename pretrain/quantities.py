@@ -81,17 +81,18 @@ class Quantity:
 
 
 class Horizon(Quantity):
-    """A length or moment of training: tokens (the default unit), samples or steps."""
+    """A length or moment of training: tokens (the default unit), samples, steps or epochs."""
 
-    UNITS = {"tokens": 1, "samples": 1, "steps": 1}
-    EXAMPLES = ("375M tokens", "20B", "9765625 samples")
+    UNITS = {"tokens": 1, "samples": 1, "steps": 1, "epochs": 1}
+    EXAMPLES = ("375M tokens", "20B", "9765625 samples", "2 epochs")
     DEFAULT_UNIT = "tokens"
 
     def samples(self, sequence_length: int) -> int:
         """Whole samples of `sequence_length` tokens that fit; a remainder is dropped, as BLOOM did
-        (375M tokens of warm-up became 183,105 samples of 2048 tokens). Steps have no fixed size."""
-        if self.unit == "steps":
-            raise ValueError("steps have no fixed number of samples; give tokens or samples")
+        (375M tokens of warm-up became 183,105 samples of 2048 tokens). Steps and epochs have no
+        fixed size: see `pretrain.config_recipe.Axis`."""
+        if self.unit in ("steps", "epochs"):
+            raise ValueError(f"{self.unit} have no fixed number of samples; give tokens or samples")
         return self.value if self.unit == "samples" else self.value // sequence_length
 
     def crossed(self, before: Any, after: Any) -> bool:

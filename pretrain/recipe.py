@@ -1,4 +1,4 @@
-"""The recipe: learning rate, batch size and length of a run as pure functions of the token clock.
+"""The recipe: all settings of a step, and the length of the run, as pure functions of the clock.
 
 No torch, no state: whatever a step needs is computed from the clock, so there is no scheduler to
 save and a resumed run cannot be off by one. Semantics are those of the BLOOM run (`learning_rates`
@@ -10,9 +10,12 @@ run uses the former (`Recipe.at`); `Recipe.learning_rate_at` gives both.
 """
 
 import math
-from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from pretrain.batches import BatchSchedule
+from pretrain.curves import Curve
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class StepPlan:
     learning_rate: float
     weight_decay: float
     betas: tuple[float, float]
+    clip_norm: float  # global L2 norm to which gradients are cut; 0: never
 
     @property
     def settings(self) -> dict[str, object]:
@@ -43,94 +47,90 @@ class StepPlan:
         }
 
 
-@dataclass(frozen=True)
-class WarmupCosine:
-    """Linear warm-up to `peak`, then half a cosine down to `floor`; horizons in samples."""
-
-    peak: float
-    floor: float
-    warmup_samples: int
-    decay_samples: int
-
-    def __call__(self, samples: int) -> float:
-        """Learning rate after `samples` samples."""
-        if samples <= self.warmup_samples and self.warmup_samples > 0:
-            return self.peak * samples / self.warmup_samples
-        if samples > self.decay_samples:
-            return self.floor
-        span = self.decay_samples - self.warmup_samples
-        progress = (samples - self.warmup_samples) / span if span else 1.0
-        return self.floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (self.peak - self.floor)
+# How the best rate grows with the batch b, up to a factor; c is the critical batch.
+SCALING_RULES: dict[str, Callable[[float, float], float]] = {
+    "none": lambda b, c: 1.0,
+    "linear": lambda b, c: b,
+    "sqrt": lambda b, c: math.sqrt(b),
+    "linear-then-sqrt": lambda b, c: min(b, c) * math.sqrt(max(1.0, b / c)),
+    # McCandlish 2018, arXiv 1812.06162, equation 2.10: eps_max / (1 + B_noise / B)
+    "noise-scale": lambda b, c: 1.0 / (1.0 + c / b),
+}
 
 
 @dataclass(frozen=True)
-class LinearRamp:
-    """A global batch that grows from `start` to `final` by `increment` over `ramp_samples`.
+class Scaling:
+    """Carries settings that were tuned at `base_batch` over to another batch.
 
-    The batch of a step follows from the samples consumed before it. `stages` is the closed form:
-    one row per batch size, so all conversions are a bisection, whatever the length of the run.
+    `exponent` is applied to the rate's factor (1/2 for Adam with rule "noise-scale"). With
+    `along_ramp` the batch is that of each step, else the final one. `betas` keeps their half-lives
+    in tokens (arXiv 2507.07101): beta^(batch / base). `weight_decay` keeps that of the weights,
+    whose decay in a step is rate x decay.
     """
 
-    start: int
-    final: int
-    increment: int = 1
-    ramp_samples: int = 0
+    rule: str = "none"
+    base_batch: int = 1
+    critical_batch: float = 1.0
+    exponent: float = 1.0
+    along_ramp: bool = False
+    betas: bool = False
+    weight_decay: bool = False
 
-    def __call__(self, samples: int) -> int:
-        """Rows of the batch of the step that begins after `samples` samples."""
-        increments = (self.final - self.start) // self.increment
-        if samples > self.ramp_samples or increments == 0 or self.ramp_samples == 0:
-            return self.final
-        # Exact integers; Megatron divides by a float, which agrees except where the exact quotient
-        # is a whole number that the float misses.
-        return self.start + self.increment * (samples * increments // self.ramp_samples)
+    def rate_factor(self, batch: int) -> float:
+        """What the rate at `base_batch` is multiplied by at `batch`."""
+        rule, critical = SCALING_RULES[self.rule], self.critical_batch
+        return (rule(batch, critical) / rule(self.base_batch, critical)) ** self.exponent
 
-    @cached_property
-    def stages(self) -> list[tuple[int, int, int]]:
-        """(first step, samples consumed before it, batch) of each batch size, in order."""
-        rows, step, samples = [], 0, 0
-        increments = (self.final - self.start) // self.increment
-        while (batch := self(samples)) < self.final:
-            rows.append((step, samples, batch))
-            reached = (batch - self.start) // self.increment
-            edge = -(-(reached + 1) * self.ramp_samples // increments)  # first sample of the next
-            steps = -(-(edge - samples) // batch)
-            step, samples = step + steps, samples + steps * batch
-        rows.append((step, samples, self.final))
-        return rows
-
-    def samples_at(self, step: int) -> int:
-        """Samples consumed before step `step` (counted from 0)."""
-        row = bisect_right(self.stages, step, key=lambda stage: stage[0]) - 1
-        first_step, first_samples, batch = self.stages[row]
-        return first_samples + (step - first_step) * batch
-
-    def step_at(self, samples: int) -> int:
-        """Number of whole steps that fit into `samples` samples; inverse of `samples_at`."""
-        row = bisect_right(self.stages, samples, key=lambda stage: stage[1]) - 1
-        first_step, first_samples, batch = self.stages[row]
-        return first_step + (samples - first_samples) // batch
+    def apply(self, plan: StepPlan, batch: int) -> StepPlan:
+        """`plan`, made for `base_batch`, with the settings for `batch`."""
+        growth, factor = batch / self.base_batch, self.rate_factor(batch)
+        first, second = plan.betas
+        return replace(
+            plan,
+            learning_rate=plan.learning_rate * factor,
+            betas=(first**growth, second**growth) if self.betas else plan.betas,
+            weight_decay=plan.weight_decay * (growth / factor if self.weight_decay else 1.0),
+        )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run as a pure function of its clock."""
+    """A run as a pure function of its clock; curves are those of `pretrain.curves`.
+
+    `rate_follows_batch` multiplies the rate by batch / first batch: with a batch that grows in
+    place of the rate's drops, what remains of a drop is what the batch did not take over.
+    """
 
     sequence_length: int
     train_samples: int
-    learning_rate: WarmupCosine
-    batch: LinearRamp
-    weight_decay: float
-    betas: tuple[float, float]
+    batch: BatchSchedule
+    learning_rate: Curve
+    weight_decay: Curve
+    momentum: Curve  # beta1
+    beta2: float
+    clip_norm: Curve
+    scaling: Scaling | None = None
+    rate_follows_batch: bool = False
 
     def at(self, clock: Clock) -> StepPlan:
         """The plan of the step that begins at `clock`."""
-        return StepPlan(
-            self.batch(clock.samples),
-            self.learning_rate(clock.samples),
-            self.weight_decay,
-            self.betas,
+        return self._plan(clock.samples)
+
+    def _plan(self, samples: int) -> StepPlan:
+        batch = self.batch(samples)
+        rate = self.learning_rate(samples)
+        if self.rate_follows_batch:
+            rate *= batch / self.batch(0)
+        plan = StepPlan(
+            batch,
+            rate,
+            self.weight_decay(samples),
+            (self.momentum(samples), self.beta2),
+            self.clip_norm(samples),
         )
+        if self.scaling is None:
+            return plan
+        return self.scaling.apply(plan, batch if self.scaling.along_ramp else self.batch.final)
 
     def after(self, clock: Clock, plan: StepPlan) -> Clock:
         """The clock once the step planned by `plan` is over."""
@@ -139,7 +139,7 @@ class Recipe:
 
     def done(self, clock: Clock) -> bool:
         """Whether the next whole batch would exceed the budget (BLOOM drops the partial batch)."""
-        return clock.step >= self.total_steps
+        return clock.samples + self.batch(clock.samples) > self.train_samples
 
     @cached_property
     def total_steps(self) -> int:
@@ -150,6 +150,16 @@ class Recipe:
     def total_samples(self) -> int:
         """Samples that the whole steps of the run consume, at most `train_samples`."""
         return self.batch.samples_at(self.total_steps)
+
+    @property
+    def stages(self) -> list[tuple[Clock, int, int]]:
+        """(clock at its begin, steps, batch) of each batch of the run, in order."""
+        rows = [row for row in self.batch.stages if row[0] < self.total_steps]
+        ends = [*(row[0] for row in rows[1:]), self.total_steps]
+        return [
+            (Clock(step, samples, samples * self.sequence_length), end - step, batch)
+            for (step, samples, batch), end in zip(rows, ends, strict=True)
+        ]
 
     def clock_at(
         self, *, step: int | None = None, samples: int | None = None, tokens: int | None = None
@@ -167,4 +177,4 @@ class Recipe:
     def learning_rate_at(self, step: int) -> tuple[float, float]:
         """(rate applied by, rate logged after) the step with number `step`, counted from 1."""
         before, after = self.batch.samples_at(step - 1), self.batch.samples_at(step)
-        return self.learning_rate(before), self.learning_rate(after)
+        return self._plan(before).learning_rate, self._plan(after).learning_rate

@@ -89,7 +89,7 @@ def train_run(config: Config, world: World) -> Clock:
             config.model, config.engine.activation_checkpointing, config.attention_end
         )
     optimizer = build_optimizer(model, config.optimizer)
-    engine = ZeroEngine(model, optimizer, config.engine, config.optimizer.clip_norm, world)
+    engine = ZeroEngine(model, optimizer, config.engine, world)
     parameters = engine.parameter_count()
     if world.is_first:
         _check_space(config, parameters, resuming=newest is not None)
@@ -206,8 +206,9 @@ def _announce(
     newest: Path | None,
 ) -> None:
     """Say what is about to run."""
-    recipe, engine, batch = config.build_recipe(), config.engine, config.recipe.batch
-    ramp = f"{batch.start} -> {batch.final}" if batch.start else str(batch.final)
+    recipe, engine = config.build_recipe(), config.engine
+    first, final = recipe.batch(0), recipe.batch.final
+    ramp = str(final) if first == final else f"{first} -> {final}"
     print(
         f"{config.name}: {human_count(parameters)} parameters, {world.size} rank(s) on "
         f"{world.device.type}, ZeRO {engine.zero_stage}, {engine.precision}\n"

@@ -90,7 +90,32 @@ def test_every_problem_is_reported_at_once():
         ("recipe.batch.ramp=1T", "recipe.batch.ramp"),
         ("recipe.learning_rate.warmup=1T", "recipe.learning_rate.decay"),
         ("recipe.learning_rate.floor=1.0", "recipe.learning_rate.floor"),
-        ("recipe.learning_rate.warmup=100 steps", "recipe.learning_rate.warmup"),
+        ("recipe.learning_rate.warmup=1 epochs", "recipe.learning_rate.warmup"),
+        ("recipe.learning_rate.shape=cosin", "recipe.learning_rate.shape"),
+        ("recipe.learning_rate.shape=wsd", "recipe.learning_rate.cooldown"),
+        ("recipe.learning_rate.milestones=[1]", "recipe.learning_rate.milestones"),
+        ("recipe.batch={schedule='table',stages=[]}", "recipe.batch.stages"),
+        (
+            "recipe.batch={schedule='table',stages=[{begins='1B',samples=8}]}",
+            "recipe.batch.stages.0.begins",
+        ),
+        (
+            "recipe.batch={schedule='table',stages=[{begins=0,samples=0}]}",
+            "recipe.batch.stages.0.samples",
+        ),
+        (
+            "recipe.batch={schedule='table',stages=[{begins=0,samples=8},"
+            "{begins='2B',samples=9},{begins='1B',samples=9}]}",
+            "recipe.batch.stages",
+        ),
+        (
+            "recipe.batch={schedule='instead-of-decay',start=8,largest=64}",
+            "recipe.batch.schedule",
+        ),
+        ("recipe.scaling={rule='noise-scale',base_batch=8}", "recipe.scaling.critical_batch"),
+        ("recipe.momentum={to=1.5}", "recipe.momentum.to"),
+        ("recipe.weight_decay={to=0.2,begins='2T'}", "recipe.weight_decay.ends"),
+        ("checkpoint.every=1 epochs", "checkpoint.every"),
         ("recipe.train=1 samples", "recipe.train"),
         ("data.sources=[{name='x', path='y', weight=0.0}]", "data.sources"),
         ("model.family=gpt", "model.family"),

@@ -14,7 +14,7 @@ LENGTH = 12
 STAGES = (1, 2, 3)
 
 
-def build(stage, world, precision="fp32", micro=2, clip=1.0, recompute=False):
+def build(stage, world, precision="fp32", micro=2, recompute=False):
     """An engine and the model it began from (a copy, unsharded)."""
     from pretrain.engine.zero import ZeroEngine, sharded_construction
     from pretrain.model.bloom import Bloom
@@ -26,7 +26,7 @@ def build(stage, world, precision="fp32", micro=2, clip=1.0, recompute=False):
     torch.manual_seed(1)
     with sharded_construction(config, world):
         model = Bloom(MODEL, activation_checkpointing=recompute)
-    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, clip, world)
+    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, world)
     return engine, reference
 
 
@@ -39,7 +39,7 @@ def engine_step(engine, step, batch, rate=1e-2):
     from pretrain.engine.zero import rows_of_rank
 
     first, end = rows_of_rank(batch, engine.world)
-    plan = StepPlan(batch, rate * (1 + step % 3), 0.1, (0.9, 0.95))
+    plan = StepPlan(batch, rate * (1 + step % 3), 0.1, (0.9, 0.95), 1.0)
     stats = engine.forward_backward(rows_for(step, batch)[first:end], batch)
     engine.step(plan, stats)
     assert engine.applied() == plan.settings
@@ -141,7 +141,7 @@ def views_are_live(world, stage, precision):
     from pretrain.engine.zero import rows_of_rank
 
     engine, _ = build(stage, world, precision)
-    plan = StepPlan(3, 0.5, 0.0, (0.9, 0.95))
+    plan = StepPlan(3, 0.5, 0.0, (0.9, 0.95), 1.0)
     first, end = rows_of_rank(3, world)
 
     # Master: zeros everywhere make every logit equal, so the loss is log(vocabulary).
@@ -208,7 +208,7 @@ def accumulate(world, stage, precision):
     from pretrain.engine.zero import rows_of_rank
     from pretrain.model.bloom import Bloom
 
-    engine, _ = build(stage, world, precision, micro=1, clip=0.0)
+    engine, _ = build(stage, world, precision, micro=1)
     torch.manual_seed(1)
     model = Bloom(MODEL).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     rows = rows_for(0, 16)

@@ -309,11 +309,15 @@ def test_dropout_acts_in_training_only_and_follows_the_seed():
     torch.testing.assert_close(loss(1), plain(tokens_bt, targets_bt), rtol=1e-6, atol=0)
 
 
-def test_dropout_stands_where_transformers_has_it():
-    """The expected loss under dropout tells attention, its output, MLP and embedding apart."""
+def test_dropout_stands_where_transformers_has_it_and_after_the_embedding():
+    """The spread under dropout tells attention, its output, MLP and embedding apart. BLOOM was
+    trained with dropout after the embedding's LayerNorm too, which transformers leaves out."""
     config = tiny(dropout=0.3)
     model = randomised(config)
     peer = peer_of(model, config).train()
+    peer.transformer.word_embeddings_layernorm.register_forward_hook(
+        lambda module, inputs, output: torch.nn.functional.dropout(output, config.dropout)
+    )
     tokens_bt, _ = sample(16, samples=256)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pretrain.batches import linear_ramp
 from pretrain.config_file import load
-from pretrain.recipe import Clock, LinearRamp, WarmupCosine
+from pretrain.curves import Anneal, Warmup
+from pretrain.recipe import Clock
+from pretrain.sizes import hardware_flops_per_token, parameters
 
 AS_RUN = "configs/bloom-176b-as-run.toml"
 FROM_16 = "configs/bloom-176b.toml"
@@ -56,6 +59,33 @@ def test_total_steps_of_220_million_samples(path, steps):
     assert 0 <= recipe.train_samples - end.samples < 2048  # the partial last batch is dropped
 
 
+# Of the public scripts by Megatron's arithmetic: parameters, steps, FLOPs a token, last batch.
+MODELS = [
+    ("560m", 559_214_592, 868_457, 4.762632e9, 256),
+    ("1b1", 1_065_314_304, 866_753, 8.955888e9, 256),
+    ("1b7", 1_722_408_960, 441_356, 1.435710e10, 512),
+    ("3b", 3_002_557_440, 442_197, 2.524447e10, 512),
+    ("7b1", 7_069_016_064, 442_197, 5.851054e10, 512),
+    ("176b", 176_247_271_424, 128_728, 1.435563e12, 2048),
+    ("176b-as-run", 176_247_271_424, 115_311, 1.435563e12, 2048),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "steps", "flops", "batch"), MODELS)
+def test_all_bloom_recipes_ship(name, count, steps, flops, batch):
+    config = load(f"configs/bloom-{name}.toml")
+    recipe = config.build_recipe()
+    assert parameters(config.model) == count
+    assert recipe.total_steps == steps
+    assert recipe.batch.final == batch
+    # theirs always counts the recomputation of activations
+    found = hardware_flops_per_token(config.model, 2048, activation_checkpointing=True)
+    assert found == pytest.approx(flops, rel=1e-6)
+    peak = recipe.learning_rate_at(recipe.clock_at(samples=183_105).step)[1]
+    assert peak == pytest.approx(config.recipe.learning_rate.peak, rel=2e-3)
+    assert config.model.dropout == 0.1
+
+
 def test_first_update_has_rate_zero_and_each_update_the_rate_before_it():
     recipe = load(AS_RUN).build_recipe()
     assert recipe.at(Clock()).learning_rate == 0.0
@@ -66,13 +96,13 @@ def test_first_update_has_rate_zero_and_each_update_the_rate_before_it():
 
 def test_ramp_by_samples_as_run():
     # facts of the 192 + 16 ramp: samples consumed before a step -> its batch
-    ramp = LinearRamp(192, 2048, 16, 9_765_625)
+    ramp = linear_ramp(192, 2048, 16, 9_765_625)
     expected = {0: 192, 84_186: 192, 84_187: 208, 10**6: 368, 5 * 10**6: 1136, 9_765_625: 2048}
     assert {samples: ramp(samples) for samples in expected} == expected
 
 
 def test_warmup_boundary_and_floor():
-    rate = WarmupCosine(peak=6e-5, floor=6e-6, warmup_samples=183_105, decay_samples=200_000_000)
+    rate = Warmup(6e-5, 183_105, Anneal(183_105, 200_000_000, 6e-5, 6e-6))
     assert rate(183_105) == 6e-5
     assert rate(183_106) < 6e-5
     assert rate(200_000_000) == pytest.approx(6e-6, rel=1e-12)
@@ -83,7 +113,7 @@ def test_warmup_boundary_and_floor():
 
 
 ramps = st.builds(
-    lambda start, increment, count, ramp: LinearRamp(
+    lambda start, increment, count, ramp: linear_ramp(
         start, start + increment * count, increment, ramp
     ),
     st.integers(1, 300),

@@ -19,7 +19,8 @@ FILES = sorted(
     path for room in ("launch", "pretrain", "tokenizer") for path in (ROOT / room).rglob("*.py")
 )
 NO_TORCH = ("launch", "pretrain.config", "pretrain.config_file", "pretrain.config_rules",
-            "pretrain.recipe", "pretrain.sizes", "pretrain.quantities", "pretrain.errors",
+            "pretrain.recipe", "pretrain.curves",
+            "pretrain.batches", "pretrain.sizes", "pretrain.quantities", "pretrain.errors",
             "pretrain.data.corpus", "pretrain.data.shards", "pretrain.data.mixture",
             "pretrain.data.permutation", "pretrain.data.streams", "pretrain.data.megatron",
             "pretrain.data.shard_writer", "tokenizer")  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
-from pretrain.config import AbsolutePath, Positive, Section
+from pretrain.config_base import AbsolutePath, Positive, Section
 from pretrain.config_file import load_as
 from pretrain.config_rules import Check
 from pretrain.errors import Problem

@@ -75,11 +75,9 @@ class ZeroEngine:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: EngineConfig,
-        clip_norm: float,
         world: World,
     ) -> None:
         self.config, self.world = config, world
-        self._clip_norm = clip_norm
         roles = parameter_roles(model)
         self._engine = _initialize(model, optimizer, config)
         self._optimizer = self._engine.optimizer
@@ -130,8 +128,8 @@ class ZeroEngine:
 
     def step(self, plan: StepPlan, stats: StepStats) -> None:
         """Clip to the global norm, then update with exactly the settings of `plan`."""
-        if self._clip_norm and stats.grad_norm > self._clip_norm:
-            scale = self._clip_norm / (stats.grad_norm + 1e-6)
+        if plan.clip_norm and stats.grad_norm > plan.clip_norm:
+            scale = plan.clip_norm / (stats.grad_norm + 1e-6)
             torch._foreach_mul_(self._map.flat_gradients(), scale)
         for group in self._optimizer.param_groups:
             group["lr"] = plan.learning_rate

@@ -72,6 +72,7 @@ class Trunk(nn.Module):
         self.heads, self.head_dim = config.heads, hidden // config.heads
         self.activation_checkpointing = activation_checkpointing
         self.end_of_text = end_of_text
+        self.dropout = config.dropout
         self.word_embeddings = Embedding(config.vocab_size, hidden, std)
         self.word_embeddings_layernorm = nn.LayerNorm(hidden, epsilon)
         self.h = nn.ModuleList(Block(config, std) for _ in range(config.layers))
@@ -79,6 +80,8 @@ class Trunk(nn.Module):
 
     def forward(self, tokens_bt: Tensor) -> Tensor:
         x_bth = self.word_embeddings_layernorm(self.word_embeddings(tokens_bt))
+        # BLOOM's training drops here too; its released model code no longer does.
+        x_bth = F.dropout(x_bth, self.dropout, self.training)
         # Made here and not kept as a buffer: DeepSpeed would cast a buffer to bf16.
         columns_btnse = attention_columns(
             tokens_bt, self.heads, self.head_dim, matmul_dtype(x_bth), self.end_of_text
