@@ -2,15 +2,27 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.measure import add_arguments as measure_arguments
+from launch.measure import run as measure_cluster
+from launch.plan_command import add_arguments as plan_arguments
+from launch.plan_command import run as plan_command
+from pretrain.lab.range_test import add_arguments as lr_find_arguments
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    if left and all("=" in text and text[0] != "-" for text in left) and "overrides" in options:
+        options.overrides += left  # key=value after options, which argparse does not expect
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     from pretrain.errors import UserError
 
     try:
@@ -21,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", help="key.sub=value")
 
+    plan_arguments(command("plan", plan_command, "what a run will be: stages, memory, time, cost"))
+
+    text = "between which learning rates the loss falls (range test); changes nothing of a run"
+    lr_find_arguments(command("lr-find", _lr_find, text))
+
     sub = command("eval", _eval, "loss and perplexity of a run on its held-out text")
     sub.add_argument("directory", metavar="RUN", type=Path)
     sub.add_argument("--samples", type=int, help="default: validation.samples of the run")
@@ -65,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", type=Path, help="default: RUN/curves.png")
 
     command("demo", _demo, "from this machine's Python sources to a trained and exported BLOOM")
+
+    cluster = commands.add_parser("cluster", help="profiles of clusters")
+    text = "fill in a cluster profile by measuring this machine, or the nodes of a job"
+    into = cluster.add_subparsers(metavar="COMMAND", required=True)
+    measure_arguments(command("measure", measure_cluster, text, into))
 
     _tokenizer_commands(command, commands)
     _corpus_commands(command, commands)
@@ -169,6 +194,15 @@ def _train(options: argparse.Namespace) -> int:
     from pretrain.train import main as worker
 
     return worker([options.config, *options.overrides])
+
+
+def _lr_find(options: argparse.Namespace) -> int:
+    from pretrain.config_file import load
+
+    load(options.config, options.overrides)  # says what is wrong before torch is imported
+    from pretrain.lab.lr_finder import run
+
+    return run(options)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ derived from here.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from pretrain.config_base import (
     AbsolutePath,
@@ -125,8 +125,8 @@ class Data(Section):
     )
     epoch_tokens: Positive | None = Field(
         None,
-        description="tokens of an epoch, needed where a horizon is given in epochs; "
-        "`anthesis corpus stats CONFIG` tells it",
+        description="tokens of an epoch, for horizons in epochs; default: those of the shards "
+        "that are trained on",
     )
     end_of_text: Annotated[int, Field(ge=0, strict=True)] | None = Field(
         None, description="id of the token that ends a document (BLOOM: 2)"
@@ -134,6 +134,19 @@ class Data(Section):
     tokenizer: AbsolutePath | None = Field(
         None, description="folder of the tokenizer, copied into exports and used to sample text"
     )
+
+    def epoch(self) -> int | None:
+        """Tokens of an epoch: as given, or counted in the shards; None where these are not here.
+
+        Held-out documents are taken to be as long as the others.
+        """
+        if self.epoch_tokens is not None:
+            return self.epoch_tokens
+        try:
+            tokens = sum(_shard_tokens(source.path) for source in self.sources)
+        except (OSError, LookupError):
+            return None
+        return round(tokens * (1 - self.validation_fraction))
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +165,16 @@ class Data(Section):
                 for s in sources
             ]
         }
+
+
+def _shard_tokens(path: Path) -> int:
+    """Tokens of a shard, from the size of PATH.bin and the dtype code in PATH.idx (byte 17)."""
+    with open(path.with_name(path.name + ".idx"), "rb") as index:
+        code = index.read(18)[17]
+    return path.with_name(path.name + ".bin").stat().st_size // _TOKEN_BYTES[code]
+
+
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 
 
 class Optimizer(Section):
@@ -206,6 +229,16 @@ class Observe(Section):
     )
 
 
+class Published(Section):
+    """Figures of an earlier run of this recipe, which a plan shows beside its own."""
+
+    source: str
+    layout: str = Field(description="how that run was spread, since it changes the figures")
+    rank_memory: ByteSize
+    step_seconds: PositiveNumber
+    device_tflops: PositiveNumber
+
+
 class Config(Section):
     """A whole run."""
 
@@ -231,6 +264,7 @@ class Config(Section):
     validation: Validation = Validation()
     guard: Guard = Guard()
     observe: Observe = Observe()
+    published: Published | None = None
 
     @property
     def run_directory(self) -> Path:
@@ -252,7 +286,7 @@ class Config(Section):
         return build_recipe(
             self.recipe,
             data.sequence_length,
-            data.epoch_tokens,
+            data.epoch(),
             Constants(optimizer.weight_decay, optimizer.betas, optimizer.clip_norm),
         )
 

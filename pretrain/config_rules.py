@@ -169,11 +169,11 @@ def _horizon_rules(recipe: RecipeSection, data: Data) -> Iterator[Problem]:
     if any(_ramp_rules(recipe)):
         return
     rate, batch, length = recipe.learning_rate, recipe.batch, data.sequence_length
-    problems = []
+    problems, epoch = [], data.epoch()
     for key, horizon in horizons(recipe, "recipe"):
-        if horizon.unit == "epochs" and data.epoch_tokens is None:
-            problems.append(Problem(key, str(horizon), "epochs need data.epoch_tokens",
-                            "`anthesis corpus stats CONFIG` tells it"))  # fmt: skip
+        if horizon.unit == "epochs" and epoch is None:
+            problems.append(Problem(key, str(horizon), "the tokens of an epoch must be known",
+                            "set data.epoch_tokens, or put the shards in place"))  # fmt: skip
         elif horizon.value == 0 and key.rpartition(".")[2] in _NOT_EMPTY:
             problems.append(Problem(key, str(horizon), "longer than nothing", "for example '1B'"))
     if isinstance(batch, TableBatch) and batch.stages[0].begins.value:
@@ -199,7 +199,7 @@ _NOT_EMPTY = {"train", "every", "rise", "fall", "timescale", "cooldown", "hold"}
 def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[Problem]:
     """Rules about what comes before what, once all horizons can be converted."""
     rate = recipe.learning_rate
-    axis = recipe_axis(recipe, length, data.epoch_tokens)
+    axis = recipe_axis(recipe, length, data.epoch())
     edges = [edge for edge, _ in axis.batch.edges]
     if edges != sorted(edges):
         yield Problem("recipe.batch.stages", edges, "stages begin one after another",

@@ -43,7 +43,7 @@ def train(run: Run, clock: Clock) -> Clock:
     while not recipe.done(clock):
         began = time.perf_counter()
         plan = recipe.at(clock)
-        _seed_step(run.seed, clock, engine.world.rank)
+        seed_step(run.seed, clock, engine.world.rank)
         stats = engine.forward_backward(run.loader.batch(clock, plan), plan.batch_samples)
         verdict = run.guard.judge(clock, stats)
         if verdict.apply:
@@ -64,7 +64,7 @@ def train(run: Run, clock: Clock) -> Clock:
     return clock
 
 
-def _seed_step(seed: int, clock: Clock, rank: int) -> None:
+def seed_step(seed: int, clock: Clock, rank: int) -> None:
     """Random numbers (dropout) are a function of seed, step and rank: nothing to save."""
     torch.manual_seed(derive_key(seed, "step", clock.step, rank) % 2**63)
 

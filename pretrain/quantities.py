@@ -122,6 +122,11 @@ def human_count(value: float) -> str:
     return f"{value:.3g}" if value != int(value) else str(int(value))
 
 
+def human_bytes(size: float) -> str:
+    """1234567 -> "1.23MB", in powers of 1000."""
+    return human_count(round(size)).replace("B", "G") + "B"
+
+
 def human_seconds(seconds: float) -> str:
     """4000 -> "1h06m"; for ETAs."""
     seconds = int(seconds)

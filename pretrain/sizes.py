@@ -1,31 +1,71 @@
-"""Parameters and FLOPs of a BLOOM model in closed form; no torch."""
+"""Parameters and FLOPs of a model in closed form; no torch."""
+
+from dataclasses import dataclass
 
 from pretrain.config import BloomModel
 
 
-def parameters(model: BloomModel) -> int:
-    """Number of parameters; the head is tied to the embedding.
+@dataclass(frozen=True)
+class ModelShape:
+    """What a planner has to know of a model. `matrices` are (rows, columns, how many), embedding
+    included; `vectors` is the number of parameters that are in none of them, `looked_up` that of
+    those that nothing is multiplied by (an embedding that is not the head too)."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    feed_forward: int
+    vocab_size: int
+    matrices: tuple[tuple[int, int, int], ...]
+    vectors: int
+    looked_up: int = 0
+    sliced_loss: bool = True  # logits are never there as a whole
+
+    @property
+    def multiplied(self) -> int:
+        """Elements of the matrices that each token is multiplied by."""
+        return (
+            sum(rows * columns * count for rows, columns, count in self.matrices) - self.looked_up
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model."""
+        return sum(rows * columns * count for rows, columns, count in self.matrices) + self.vectors
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest parameter."""
+        return max(rows * columns for rows, columns, _ in self.matrices)
+
+
+def shape_of(model: BloomModel) -> ModelShape:
+    """The shape of a BLOOM, whose head is tied to the embedding.
 
     A block has two LayerNorms (4h), fused QKV (3h^2 + 3h), the attention output (h^2 + h) and the
-    MLP (8h^2 + 5h); around the blocks stand the embedding and two LayerNorms.
+    MLP (8h^2 + 5h); around the blocks stand the embedding and two LayerNorms (4h).
     """
-    hidden = model.hidden_size
-    block = 12 * hidden**2 + 13 * hidden
-    return model.vocab_size * hidden + model.layers * block + 4 * hidden
+    h, layers = model.hidden_size, model.layers
+    block = ((3 * h, h, layers), (h, h, layers), (4 * h, h, layers), (h, 4 * h, layers))
+    return ModelShape(
+        h, layers, model.heads, 4 * h, model.vocab_size,
+        ((model.vocab_size, h, 1), *block), 13 * h * layers + 4 * h,
+    )  # fmt: skip
 
 
-def model_flops_per_token(model: BloomModel, sequence_length: int) -> int:
+def parameters(model: BloomModel) -> int:
+    """Number of parameters of a BLOOM."""
+    return shape_of(model).parameters
+
+
+def model_flops_per_token(model: BloomModel | ModelShape, sequence_length: int) -> int:
     """FLOPs a token needs, forward and backward, without recomputation: the numerator of MFU.
 
-    Matrix products 72 l h^2, attention 12 l h s (the causal half is not discounted) and the head
-    6 V h (PaLM, arXiv 2204.02311, appendix B).
+    6 for each element of a matrix (for a BLOOM 72 l h^2 and, for the head, 6 V h) and 12 l h s for
+    attention, whose causal half is not discounted (PaLM, arXiv 2204.02311, appendix B).
     """
-    hidden, layers = model.hidden_size, model.layers
-    return (
-        72 * layers * hidden**2
-        + 12 * layers * hidden * sequence_length
-        + 6 * model.vocab_size * hidden
-    )
+    shape = shape_of(model) if isinstance(model, BloomModel) else model
+    return 6 * shape.multiplied + 12 * shape.layers * shape.hidden_size * sequence_length
 
 
 def hardware_flops_per_token(

@@ -61,17 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
 def train_run(config: Config, world: World) -> Clock:
     """Train a run to its end, from its newest checkpoint where it has one."""
     recipe = config.build_recipe()
-    corpus, held_out = _open_data(config, world)
-    # Initialisation is over once there is a checkpoint, and dropout may change.
-    model_facts = config.model.model_dump(mode="json", exclude={"init_std", "dropout"})
-
-    def facts(clock: Clock) -> dict[str, Any]:
-        return {"model": model_facts, "data": corpus.fingerprint(clock.samples)}
-
+    corpus, held_out = open_data(config, world)
     run_directory = config.run_directory
-    checkpoints = Checkpoints(
-        run_directory / "checkpoints", config.checkpoint, world, facts, config.resolved()
-    )
+    checkpoints = checkpoints_of(config, corpus, world)
     if world.is_first:
         _prepare_directory(config)
     world.barrier()
@@ -81,15 +73,7 @@ def train_run(config: Config, world: World) -> Clock:
             f"{run_directory}: start=resume, but there is no checkpoint here\n"
             "  cure: check name and directory, or begin anew with start=fresh"
         )
-    torch.manual_seed(config.seed)
-    # transformers' own initialisation does not reach weights that are already sharded.
-    own = config.model.family == "bloom"
-    with sharded_construction(config.engine, world) if own else nullcontext():
-        model = build_model(
-            config.model, config.engine.activation_checkpointing, config.attention_end
-        )
-    optimizer = build_optimizer(model, config.optimizer)
-    engine = ZeroEngine(model, optimizer, config.engine, world)
+    engine = build_engine(config, world)
     parameters = engine.parameter_count()
     if world.is_first:
         _check_space(config, parameters, resuming=newest is not None)
@@ -127,7 +111,31 @@ def train_run(config: Config, world: World) -> Clock:
     return clock
 
 
-def _open_data(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
+def checkpoints_of(config: Config, corpus: Corpus, world: World) -> Checkpoints:
+    """The checkpoints of a run; those of another model or other data will be refused."""
+    # Initialisation is over once there is a checkpoint, and dropout may change.
+    model_facts = config.model.model_dump(mode="json", exclude={"init_std", "dropout"})
+
+    def facts(clock: Clock) -> dict[str, Any]:
+        return {"model": model_facts, "data": corpus.fingerprint(clock.samples)}
+
+    directory = config.run_directory / "checkpoints"
+    return Checkpoints(directory, config.checkpoint, world, facts, config.resolved())
+
+
+def build_engine(config: Config, world: World) -> ZeroEngine:
+    """The engine with the initial weights of the run; collective."""
+    torch.manual_seed(config.seed)
+    # transformers' own initialisation does not reach weights that are already sharded.
+    own = config.model.family == "bloom"
+    with sharded_construction(config.engine, world) if own else nullcontext():
+        model = build_model(
+            config.model, config.engine.activation_checkpointing, config.attention_end
+        )
+    return ZeroEngine(model, build_optimizer(model, config.optimizer), config.engine, world)
+
+
+def open_data(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
     """The training corpus and the held-out one, if any."""
     data, vocab = config.data, config.model.vocab_size
     if config.data.tokenizer is not None:

@@ -10,7 +10,9 @@ from torch.optim import lr_scheduler as torch_lr
 
 from pretrain.config_file import load
 from pretrain.curves import FORMS, Anneal, Cyclic, Restarts
+from pretrain.errors import ConfigError
 from pretrain.quantities import Horizon
+from tests.tiny import write_config
 
 BATCH, STEPS, LENGTH = 8, 120, 16
 CONFIG = "configs/demo.toml"
@@ -175,6 +177,17 @@ def test_horizons_of_any_unit_are_the_same_curve():
     }
     curves = {unit: tuple(p.learning_rate for p in plans(recipe)) for unit, recipe in rates.items()}
     assert len(set(curves.values())) == 1
+
+
+def test_an_epoch_is_counted_in_the_shards(tmp_path):
+    path = write_config(tmp_path, data__validation_fraction=0.25)
+    tokens = sum(f.stat().st_size // 2 for f in tmp_path.glob("*.bin"))
+    config = load(path, ['recipe.train="3 epochs"', "recipe.learning_rate.decay=3 epochs"])
+    recipe = config.build_recipe()
+    assert recipe.train_samples == 3 * round(0.75 * tokens) // config.data.sequence_length
+    next(tmp_path.glob("*.idx")).unlink()
+    with pytest.raises(ConfigError, match=r"data\.epoch_tokens"):
+        load(path, ['recipe.train="3 epochs"'])
 
 
 def test_steps_in_a_ramp_are_steps_of_that_ramp():

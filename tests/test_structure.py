@@ -13,6 +13,7 @@ LAYERS = {
     "pretrain.model": 1, "pretrain.data": 1, "pretrain.optim": 1, "tokenizer": 2,
     "pretrain.engine": 2, "pretrain.checkpoint": 3, "pretrain.guard": 3, "pretrain.observe": 4,
     "pretrain.loop": 5, "pretrain.train": 6, "pretrain.__main__": 6, "pretrain.finished": 6,
+    "pretrain.lab": 6,
     "launch": 7,
 }  # fmt: skip
 FILES = sorted(
@@ -20,7 +21,8 @@ FILES = sorted(
 )
 NO_TORCH = ("launch", "pretrain.config", "pretrain.config_file", "pretrain.config_rules",
             "pretrain.recipe", "pretrain.curves",
-            "pretrain.batches", "pretrain.sizes", "pretrain.quantities", "pretrain.errors",
+            "pretrain.batches", "pretrain.sizes", "pretrain.memory", "pretrain.wire",
+            "pretrain.lab.range_test", "pretrain.quantities", "pretrain.errors",
             "pretrain.data.corpus", "pretrain.data.shards", "pretrain.data.mixture",
             "pretrain.data.permutation", "pretrain.data.streams", "pretrain.data.megatron",
             "pretrain.data.shard_writer", "tokenizer")  # fmt: skip

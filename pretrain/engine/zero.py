@@ -18,9 +18,7 @@ from pretrain.engine.fragments import Fragment, FragmentMap
 from pretrain.engine.world import World
 from pretrain.optim.groups import DECAYED_ROLES, parameter_roles
 from pretrain.recipe import StepPlan
-
-# Elements of a communication bucket; DeepSpeed's default of 5e8 reserves 2 GB per rank in fp32.
-_BUCKET_ELEMENTS = 50_000_000
+from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,12 @@ def deepspeed_settings(config: EngineConfig) -> dict[str, Any]:
     """DeepSpeed's own config, derived from ours: nothing in it is written by hand."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
     }
-    if config.zero_stage < 3:
+    if config.zero_stage == 3:
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
+    else:
         zero["compute_grad_norm"] = False  # ours, before the step, so that the guard can judge it
     return {
         # DeepSpeed insists on these two; neither governs anything under unmanaged accumulation.
@@ -88,6 +88,11 @@ class ZeroEngine:
     def module(self) -> nn.Module:
         """The model; under ZeRO 3 its parameters are whole only inside its modules' passes."""
         return self._engine.module
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed hands the flat masters to."""
+        return self._optimizer.optimizer
 
     def parameter_count(self) -> int:
         """Parameters of the whole model."""
@@ -175,7 +180,7 @@ class ZeroEngine:
         """State that is one number for all parameters, such as Adam's step count."""
         scalars: dict[str, set[float]] = {}
         for master in self._map.masters:
-            for key, value in self._optimizer.optimizer.state.get(master, {}).items():
+            for key, value in self.inner_optimizer.state.get(master, {}).items():
                 if not torch.is_tensor(value) or value.shape != master.shape:
                     scalars.setdefault(key, set()).add(float(value))
         if odd := {key: values for key, values in scalars.items() if len(values) > 1}:
@@ -188,7 +193,7 @@ class ZeroEngine:
 
         A step with rate and gradient zero does it for any optimizer; the masters stay as they are.
         """
-        inner = self._optimizer.optimizer
+        inner = self.inner_optimizer
         for group in inner.param_groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
         saved = [list(group["params"]) for group in inner.param_groups]
@@ -207,7 +212,7 @@ class ZeroEngine:
     def loaded(self, scalars: dict[str, float]) -> None:
         """To be called once fragments have been written: set scalars, refresh the weights."""
         for master in self._map.masters:
-            state = self._optimizer.optimizer.state[master]
+            state = self.inner_optimizer.state[master]
             for key, value in scalars.items():
                 if torch.is_tensor(state[key]):
                     state[key].fill_(value)

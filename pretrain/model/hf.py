@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from pretrain.config import BloomModel, HfModel
 from pretrain.errors import CheckpointError, ConfigError, Problem, UserError
 from pretrain.model.bloom import Bloom
+from pretrain.sizes import ModelShape
 
 EXPORT_TOLERANCE = 1e-4  # of the largest logit
 SAMPLE_SHAPE = 2, 64
@@ -46,6 +48,27 @@ class HfCausalLM(nn.Module):
     def logits(self, tokens_bt: Tensor) -> Tensor:
         """logits_btv, for inference."""
         return self(tokens_bt)
+
+
+def shape_of_hf(config: HfModel) -> ModelShape:
+    """What a planner has to know of the model, which is built without memory."""
+    with torch.device("meta"):
+        model = HfCausalLM(config).model
+    shapes = [parameter.shape for parameter in model.parameters()]
+    matrices = Counter((s[0], s[1:].numel()) for s in shapes if len(s) > 1)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    known = model.config
+    return ModelShape(
+        hidden_size=known.hidden_size,
+        layers=known.num_hidden_layers,
+        heads=known.num_attention_heads,
+        feed_forward=getattr(known, "intermediate_size", None) or 4 * known.hidden_size,
+        vocab_size=config.vocab_size,
+        matrices=tuple((rows, columns, count) for (rows, columns), count in matrices.items()),
+        vectors=sum(s.numel() for s in shapes if len(s) < 2),
+        looked_up=0 if head is embedding else embedding.numel(),
+        sliced_loss=False,
+    )
 
 
 def _checked_config(config: HfModel) -> transformers.PreTrainedConfig:

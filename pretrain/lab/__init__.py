@@ -1,0 +1,1 @@
+"""Experiments around a run: they change nothing of it."""

@@ -1,0 +1,132 @@
+"""Bytes on the wire: what a rank sends in a step, by ZeRO inside a shard group and by each method
+that keeps replicas together. Closed forms, no torch.
+
+Collectives are rings: n ranks reduce-scatter or all-gather N bytes by sending (n - 1) / n N each,
+and all-reduce by twice that.
+"""
+
+from dataclasses import dataclass
+
+from pretrain.sizes import ModelShape
+
+BUCKET_ELEMENTS = 50_000_000  # of a communication bucket; DeepSpeed's 5e8 would reserve 2 GB
+LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO 3 may keep gathered
+SCALE_BLOCK = 256  # elements that share an fp32 scale in quantised messages
+METHODS = ("allreduce", "powersgd", "int8", "int4", "diloco", "localsgd")
+
+
+@dataclass(frozen=True)
+class Sync:
+    """How replicas are kept together: "allreduce", "powersgd" (rank), "int8", "int4", or every
+    `every_steps` "diloco" (outer gradients of `bits`) and "localsgd"."""
+
+    method: str = "allreduce"
+    rank: int = 4
+    every_steps: int = 1
+    bits: int = 32
+
+    @classmethod
+    def parse(cls, text: str) -> "Sync":
+        """Read "allreduce:bf16", "powersgd:2", "int8", "diloco:50", "diloco:50:int4", "localsgd:9".
+
+        Raises ValueError with the rule.
+        """
+        method, *options = text.split(":")
+        bits = {"int4": 4, "int8": 8, "bf16": 16, "fp32": 32}
+        try:
+            if method == "powersgd" and len(options) <= 1:
+                return cls(method, rank=_positive(*options or ["4"]))
+            if method == "allreduce" and len(options) <= 1:
+                return cls(method, bits={"bf16": 16, "fp32": 32}[(options or ["fp32"])[0]])
+            if method in ("int8", "int4") and not options:
+                return cls(method, bits=bits[method])
+            if method == "localsgd" and len(options) <= 1:
+                return cls(method, every_steps=_positive(*options or ["30"]))
+            if method == "diloco" and len(options) <= 2:
+                steps, width = [*options, *["50", "fp32"][len(options) :]]
+                return cls(method, every_steps=_positive(steps), bits=bits[width])
+        except (KeyError, ValueError):
+            pass
+        raise ValueError(
+            f"{text!r}: one of allreduce[:bf16], powersgd[:RANK], int8, int4, "
+            "diloco[:STEPS[:int8|int4]], localsgd[:STEPS]"
+        )
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
+def sync_bytes(sync: Sync, shape: ModelShape, zero_stage: int, shards: int, replicas: int) -> float:
+    """Bytes that a rank sends to other replicas in a step, on average over steps."""
+    if replicas == 1:
+        return 0.0
+    once = (replicas - 1) / replicas
+    elements = shape.parameters / shards
+    if sync.method == "powersgd":
+        return 2 * once * 4 * powersgd_elements(sync.rank, shape, zero_stage, shards)
+    quantised = sync.bits < 16
+    width = sync.bits / 8 + (4 / SCALE_BLOCK if quantised else 0)
+    return 2 * once * elements * width / sync.every_steps
+
+
+def powersgd_elements(
+    rank: int, shape: ModelShape, zero_stage: int, shards: int, min_compression: float = 2.0
+) -> float:
+    """Numbers that a shard sends in place of its gradient: r (rows + columns) for each matrix whose
+    size is more than `min_compression` times that, all of the others (arXiv 1905.13727).
+
+    ZeRO 1 and 2 give a rank whole matrices, ZeRO 3 a block of rows of each.
+    """
+    slices = shards if zero_stage == 3 else 1
+    elements = shape.vectors / shards
+    for rows, columns, count in shape.matrices:
+        factors = rank * (rows / slices + columns)
+        whole = rows * columns / slices
+        sent = factors if factors * min_compression < whole else whole
+        elements += sent * count * slices / shards
+    return elements
+
+
+def sync_state_bytes(sync: Sync, parameters: int, shards: int) -> int:
+    """Bytes a rank holds for it: error feedback, or the outer weights and their momentum."""
+    copies = {"powersgd": 1, "int8": 1, "int4": 1, "diloco": 2}.get(sync.method, 0)
+    copies += sync.method == "diloco" and sync.bits < 16
+    return 4 * parameters * copies // shards
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What ZeRO sends inside a shard group of n ranks: N bytes in `messages` collectives, each
+    passing (n - 1) / n N times `factor` over every link."""
+
+    payload_bytes: float
+    factor: int
+    messages: int
+
+
+def zero_traffic(
+    parameters: int, layers: int, stage: int, weight_bytes: int, passes: int, on_cpu: bool
+) -> list[Traffic]:
+    """A step of `passes` micro-batches, gradients in fp32.
+
+    DeepSpeed all-reduces buckets of gradients in stages 1 (once a step) and 2 (each pass) and
+    gathers the weights after the step; stage 3 reduce-scatters in each pass, and gathers weights
+    in the forward pass and, if they could not stay until then, again in the backward one. Between
+    processors gloo reduce-scatters by an all-reduce.
+    """
+    buckets = -(-parameters // BUCKET_ELEMENTS)
+    if stage == 3:
+        gathers = passes * (1 if parameters <= LIVE_ELEMENTS else 2)
+        modules = 6 * layers  # a gather for each module that holds parameters
+        return [
+            Traffic(gathers * weight_bytes * parameters, 1, gathers * modules),
+            Traffic(passes * 4 * parameters, 2 if on_cpu else 1, passes * buckets),
+        ]
+    reductions = passes if stage == 2 else 1
+    return [
+        Traffic(reductions * 4 * parameters, 2, reductions * buckets),
+        Traffic(weight_bytes * parameters, 1, buckets),
+    ]
