@@ -72,8 +72,8 @@ class Shape(Section):
         return self.peak
 
     def after_warmup(self, begin: int, axis: Axis) -> Curve:
-        """The curve from `begin` on."""
-        raise NotImplementedError
+        """The curve from `begin` on: constant, unless a shape says otherwise."""
+        return Constant(self.peak)
 
     def momentum_curve(self, axis: Axis) -> Curve | None:
         """Of shapes that cycle the momentum too."""
@@ -90,21 +90,17 @@ class _Decay(Shape):
 class Cosine(_Decay):
     """Half a cosine from the peak to the floor (BLOOM)."""
 
-    shape: Literal["cosine"] = "cosine"
+    shape: Literal["cosine", "linear"] = "cosine"
 
     def after_warmup(self, begin: int, axis: Axis) -> Curve:
         """See `Shape`."""
         return Anneal(begin, axis.end(self.decay), self.peak, self.floor, self.shape)
 
 
-class Linear(_Decay):
+class Linear(Cosine):
     """A straight line from the peak to the floor."""
 
     shape: Literal["linear"] = "linear"
-
-    def after_warmup(self, begin: int, axis: Axis) -> Curve:
-        """See `Shape`."""
-        return Anneal(begin, axis.end(self.decay), self.peak, self.floor, self.shape)
 
 
 class _WithCooldown(_Decay):

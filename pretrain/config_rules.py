@@ -174,8 +174,6 @@ def _horizon_rules(recipe: RecipeSection, data: Data) -> Iterator[Problem]:
         if horizon.unit == "epochs" and epoch is None:
             problems.append(Problem(key, str(horizon), "the tokens of an epoch must be known",
                             "set data.epoch_tokens, or put the shards in place"))  # fmt: skip
-        elif horizon.value == 0 and key.rpartition(".")[2] in _NOT_EMPTY:
-            problems.append(Problem(key, str(horizon), "longer than nothing", "for example '1B'"))
     if isinstance(batch, TableBatch) and batch.stages[0].begins.value:
         problems.append(Problem("recipe.batch.stages.0.begins", str(batch.stages[0].begins),
                         "the first stage begins at 0", "begins = 0"))  # fmt: skip
@@ -200,6 +198,17 @@ def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[P
     """Rules about what comes before what, once all horizons can be converted."""
     rate = recipe.learning_rate
     axis = recipe_axis(recipe, length, data.epoch())
+    for key, horizon in horizons(recipe, "recipe"):
+        if key.rpartition(".")[2] in _NOT_EMPTY and axis(horizon) == 0:
+            yield Problem(key, str(horizon), f"at least one sample of {length} tokens",
+                          "make it longer")  # fmt: skip
+            return
+    if isinstance(rate, MultiStep):
+        drops = list(rate.drops(axis))
+        if drops != sorted(set(drops)) or drops[0] < axis(rate.warmup):
+            yield Problem("recipe.learning_rate.milestones", [str(m) for m in rate.milestones],
+                          "come one after another, after the warm-up", "order them")  # fmt: skip
+            return
     edges = [edge for edge, _ in axis.batch.edges]
     if edges != sorted(edges):
         yield Problem("recipe.batch.stages", edges, "stages begin one after another",
@@ -226,11 +235,6 @@ def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[P
         yield Problem("recipe.learning_rate.decay", str(decay or recipe.train),
                       f"must come after warmup = {rate.warmup} and what follows it",
                       "lengthen decay (default: train) or shorten what comes before")  # fmt: skip
-    if isinstance(rate, MultiStep):
-        drops = list(rate.drops(axis))
-        if drops != sorted(set(drops)) or drops[0] < axis(rate.warmup):
-            yield Problem("recipe.learning_rate.milestones", [str(m) for m in rate.milestones],
-                          "come one after another, after the warm-up", "order them")  # fmt: skip
     if isinstance(rate, InverseSqrt) and axis(rate.timescale or rate.warmup) == 0:
         yield Problem("recipe.learning_rate.timescale", None, "longer than nothing where there is "
                       "no warmup", "set warmup or timescale")  # fmt: skip

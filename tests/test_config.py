@@ -113,6 +113,33 @@ def test_every_problem_is_reported_at_once():
             "recipe.batch.schedule",
         ),
         ("recipe.scaling={rule='noise-scale',base_batch=8}", "recipe.scaling.critical_batch"),
+        (
+            "recipe.learning_rate={shape='cyclic',peak=1.0,floor=0.1,rise='3 tokens'}",
+            "recipe.learning_rate.rise",
+        ),
+        (
+            "recipe.learning_rate={shape='step',peak=1.0,every=0}",
+            "recipe.learning_rate.every",
+        ),
+        (
+            "recipe.learning_rate={shape='multi-step',peak=1.0,milestones=['2B','1B']}",
+            "recipe.learning_rate.milestones",
+        ),
+        (
+            "recipe.learning_rate={shape='one-cycle',peak=1.0,rise='500B'}",
+            "recipe.learning_rate.decay",
+        ),
+        (
+            "recipe.learning_rate={shape='inverse-sqrt',peak=1.0}",
+            "recipe.learning_rate.timescale",
+        ),
+        (
+            "recipe.learning_rate={shape='cosine-restarts',peak=1.0}",
+            "recipe.learning_rate.cycles",
+        ),
+        ("recipe.batch.schedule=tabel", "recipe.batch.schedule"),
+        ("recipe.batch={schedule='list',samples=[4,-1]}", "recipe.batch.samples.1"),
+        ("recipe.clip_norm={to=0}", "recipe.clip_norm"),
         ("recipe.momentum={to=1.5}", "recipe.momentum.to"),
         ("recipe.weight_decay={to=0.2,begins='2T'}", "recipe.weight_decay.ends"),
         ("checkpoint.every=1 epochs", "checkpoint.every"),
