@@ -107,6 +107,7 @@ def test_inverses_agree_and_batches_sum_to_the_budget(schedule, budget):
     # the budget, but for a last batch that does not fit
     assert 0 <= budget - total < schedule(total)
     assert sum(steps * batch for _, steps, batch in recipe.stages) == total
+    assert all(steps > 0 for _, steps, _ in recipe.stages)
 
 
 @given(schedules, st.integers(1, 400))
@@ -168,6 +169,9 @@ def test_rate_over_batch_is_that_of_the_given_schedule(start, factor, largest):
         assert plan.learning_rate / plan.batch_samples == pytest.approx(given_rate / start)
         assert plan.batch_samples <= largest
         assert plan.learning_rate >= given_rate - 1e-12
+        assert plan.batch_samples == min(largest, round(start / given_rate))
+    # lengths in steps are those of the given schedule, whose batch is constant
+    assert recipe.batch(9 * start - 1) == start
 
 
 def test_growing_batch_equals_falling_rate_on_a_noisy_quadratic():

@@ -168,6 +168,16 @@ def test_snapshot_schedule_of_the_paper():
     assert [p.learning_rate for p in plans(got)] == pytest.approx(expected, abs=1e-15)
 
 
+def test_cycles_are_counted_from_the_end_of_the_warm_up():
+    for shape in ("{shape='cosine-restarts',peak=1.0,cycles=5,decay='105 steps',warmup='5 steps'}",
+                  "{shape='cyclic',peak=1.0,floor=0.0,rise='4 steps',fall='16 steps',"
+                  "warmup='5 steps'}"):  # fmt: skip
+        curve = recipe_of(shape).learning_rate
+        top = 5 if "restarts" in shape else 9
+        assert curve(samples_of(top)) == curve(samples_of(top + 20)) == 1.0
+        assert curve(samples_of(top + 10)) == pytest.approx(0.5 if top == 5 else 6 / 16)
+
+
 def test_horizons_of_any_unit_are_the_same_curve():
     epoch = 40 * BATCH * LENGTH
     units = {"steps": 80, "samples": 80 * BATCH, "tokens": 80 * BATCH * LENGTH, "epochs": 2}

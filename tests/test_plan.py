@@ -175,6 +175,16 @@ def test_memory_falls_with_shards_stages_and_recomputation():
     assert plan_of(cluster=A100, nodes=96).rank_bytes < plan_of(cluster=A100).rank_bytes
 
 
+def test_ranks_share_the_memory_and_speed_of_a_processor():
+    one, two = (plan_of("configs/demo.toml", LOCAL, devices_per_node=n) for n in (1, 2))
+    assert one.available_bytes == load_cluster(LOCAL).device.memory
+    assert two.available_bytes == one.available_bytes // 2
+    # half a batch each, at half the speed
+    assert two.cost(16).compute > 0.9 * one.cost(16).compute
+    gpus = plan_of("configs/bloom-560m.toml", H100)
+    assert gpus.available_bytes == 80e9
+
+
 def test_largest_micro_batch_fits_and_one_more_does_not():
     plan = plan_of(FROM_16, A100, nodes=24)
     largest = plan.largest_micro_batch()
