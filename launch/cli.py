@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import positive
 from launch.measure import add_arguments as measure_arguments
 from launch.measure import run as measure_cluster
 from launch.plan_command import add_arguments as plan_arguments
 from launch.plan_command import run as plan_command
+from pretrain.errors import exit_code
 from pretrain.lab.range_test import add_arguments as lr_find_arguments
 
 
@@ -23,16 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += left  # key=value after options, which argparse does not expect
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
-    from pretrain.errors import UserError
-
     try:
-        return options.run(options) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return exit_code(lambda: options.run(options), "interrupted")
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -113,7 +107,7 @@ def _tokenizer_commands(command: Callable[..., argparse.ArgumentParser], command
     sub = command("inspect", _tokenizer_inspect, "what tokenizers make of text, by source", into)
     sub.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     sub.add_argument("--inputs", nargs="+", required=True, help="files or globs; each is a source")
-    sub.add_argument("--documents", type=_positive, default=1000, help="of each source (1000)")
+    sub.add_argument("--documents", type=positive, default=1000, help="of each source (1000)")
     sub.add_argument("--field", default="text", help="of a JSON line or a row (text)")
     sub.add_argument("--plot", type=Path, help="also draw the fertility to this PNG")
 
@@ -136,7 +130,7 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
                      help="at a line that is no document (stop)")  # fmt: skip
     sub.add_argument("--dedup", nargs="+", choices=("lines", "documents"), default=(),
                      help="drop exact repetitions, as BLOOM did")  # fmt: skip
-    sub.add_argument("--workers", type=_positive, help="processes that encode (one a core)")
+    sub.add_argument("--workers", type=positive, help="processes that encode (one a core)")
     sub.add_argument("--restart", action="store_true", help="begin anew, discarding what is there")
 
     sub = command("check", _corpus_check, "verify checksums and layout of shards in full", into)
@@ -157,12 +151,6 @@ def _corpus_commands(command: Callable[..., argparse.ArgumentParser], commands: 
     sub = command("stats", _corpus_stats, text, into)
     sub.add_argument("targets", nargs="+", type=_prefix, metavar="PREFIX|RUN|CONFIG")
     sub.add_argument("--plot", type=Path, help="also draw it to this PNG")
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 def _prefix(text: str) -> Path:

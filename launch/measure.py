@@ -14,6 +14,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import positive
+
 _TIMEOUT_SECONDS = 600
 # BLOOM lost one or two GPUs a week on 48 nodes (huggingface.co/blog/bloom-megatron-deepspeed).
 _NODE_MTBF_DAYS = 224.0
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("cluster.toml"), metavar="FILE",
                         help="profile to write (cluster.toml)")  # fmt: skip
     parser.add_argument("--name", help="of the cluster (default: that of the file)")
-    parser.add_argument("--ranks", type=_positive, metavar="N",
+    parser.add_argument("--ranks", type=positive, metavar="N",
                         help="to start here (one a GPU, else 2)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S",
                         help="to spend on each figure (2)")  # fmt: skip
@@ -177,12 +179,6 @@ def _table(profile: dict[str, Any]) -> str:
         ("writing", f"{profile['reliability']['write_gbytes_per_s']:g} GB/s"),
     ]  # fmt: skip
     return "\n".join(f"  {label:28}{value}" for label, value in rows)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

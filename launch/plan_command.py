@@ -4,14 +4,15 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.alternatives import compare, parse_sync
-from launch.clusters import Cluster, load_cluster
-from launch.plan import Plan
-from launch.plan_report import as_json, report
-from pretrain.config import Config
-from pretrain.config_file import load
+from launch.arguments import positive
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:  # else imported when needed, so that other commands answer at once
+    from launch.clusters import Cluster
+    from launch.plan import Plan
+    from pretrain.config import Config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a run config in TOML")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     parser.add_argument("--cluster", type=Path, help="a profile: adds memory, time and cost")
-    parser.add_argument("--nodes", type=_positive, help="of the cluster (default: all)")
-    parser.add_argument("--ranks", type=_positive, help="in all (default: one a device)")
-    parser.add_argument("--shard-ranks", type=_positive, metavar="N",
+    parser.add_argument("--nodes", type=positive, help="of the cluster (default: all)")
+    parser.add_argument("--ranks", type=positive, help="in all (default: one a device)")
+    parser.add_argument("--shard-ranks", type=positive, metavar="N",
                         help="ranks that share one replica (default: all)")  # fmt: skip
     parser.add_argument("--sync", metavar="METHOD", help="between replicas, such as powersgd:4")
     parser.add_argument("--at", action="append", default=[], metavar="step=N|tokens=N",
@@ -36,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The command with parsed options; raises UserError."""
+    from launch.alternatives import compare
+    from launch.plan_report import as_json, report
+    from pretrain.config_file import load
+
     plan = make_plan(load(options.config, options.overrides), options)
     if options.json:
         print(json.dumps(as_json(plan, options.at), indent=1))
@@ -54,8 +59,12 @@ def run(options: argparse.Namespace) -> None:
             print(f"-> {options.plot}")
 
 
-def make_plan(config: Config, options: argparse.Namespace) -> Plan:
+def make_plan(config: "Config", options: argparse.Namespace) -> "Plan":
     """The plan that the options ask for."""
+    from launch.alternatives import parse_sync
+    from launch.clusters import load_cluster
+    from launch.plan import Plan
+
     needs = {"--nodes": options.nodes, "--ranks": options.ranks, "--compare": options.compare,
              "--shard-ranks": options.shard_ranks, "--sync": options.sync}  # fmt: skip
     if options.cluster is None:
@@ -72,7 +81,7 @@ def make_plan(config: Config, options: argparse.Namespace) -> Plan:
     return Plan(config, cluster, shards, parse_sync(options.sync or "allreduce"))
 
 
-def _resize(cluster: Cluster, nodes: int | None, ranks: int | None) -> Cluster:
+def _resize(cluster: "Cluster", nodes: int | None, ranks: int | None) -> "Cluster":
     """The part of a cluster that a run of so many nodes or ranks takes."""
     if ranks is None:
         return cluster.model_copy(update={"nodes": nodes or cluster.nodes})
@@ -85,9 +94,3 @@ def _resize(cluster: Cluster, nodes: int | None, ranks: int | None) -> Cluster:
             f"  cure: --ranks {nodes * per_node}"
         )
     return cluster.model_copy(update={"nodes": nodes, "devices_per_node": per_node})
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number above 0")
-    return int(text)

@@ -1,5 +1,7 @@
 """Errors that a user can cause and mend: shown as text with a cure, never as a traceback."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -21,6 +23,19 @@ class Problem:
 
 class UserError(Exception):
     """Base of all errors that end a command with exit code 2 and no traceback."""
+
+
+def exit_code(work: Callable[[], int | None], interrupted: str) -> int:
+    """What a command returns: that of `work` (None is 0), 2 for what the user can mend, 130 for
+    Ctrl-C, each said on standard error."""
+    try:
+        return work() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
 
 
 class ConfigError(UserError):

@@ -5,7 +5,6 @@ This is the only place that wires things together.
 
 import argparse
 import shutil
-import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.engine.world import World, join_world
 from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
-from pretrain.errors import UserError
+from pretrain.errors import UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
 from pretrain.model import build_model
@@ -45,17 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # torch renames collectives that DeepSpeed calls; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    try:
+
+    def work() -> None:
         config = load(options.config, options.overrides)
         with join_world(config.timeout.value) as world:
             train_run(config, world)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "interrupted: the same command goes on from the newest checkpoint")
 
 
 def train_run(config: Config, world: World) -> Clock:

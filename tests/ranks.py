@@ -4,6 +4,7 @@ They are forked from a server that has imported torch and DeepSpeed once, so a r
 """
 
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -54,10 +55,12 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     return results
 
 
-def run_worker(arguments: list[str]) -> tuple[int, str]:
-    """`python -m pretrain ARGUMENTS` as one process: (exit code, all that it printed)."""
+def run_worker(
+    arguments: list[str], module: str = "pretrain.train", folder: str | None = None
+) -> tuple[int, str]:
+    """`main(ARGUMENTS)` of a module as one process, in `folder`: (exit code, all it printed)."""
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = start_single(_worker_main, sender, arguments)
+    process = start_single(_worker_main, sender, arguments, module, folder)
     sender.close()
     assert receiver.poll(TIMEOUT_SECONDS), "no answer in time"
     answer = receiver.recv()
@@ -102,9 +105,10 @@ def _single_main(function, arguments):
     function(*arguments)
 
 
-def _worker_main(pipe, arguments):
-    from pretrain.train import main
-
+def _worker_main(pipe, arguments, module, folder):
+    main = importlib.import_module(module).main
+    if folder:
+        os.chdir(folder)
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:

@@ -1,14 +1,10 @@
 """The range test: when it stops, what it suggests, and that it leaves everything as it was."""
 
-import contextlib
 import hashlib
-import io
-import json
 import math
 import os
 import random
 import signal
-import traceback
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ from pretrain.config_file import load
 from pretrain.errors import ConfigError
 from pretrain.lab.range_test import Findings, Sweep, Trace, summary
 from pretrain.observe.metrics import read_metrics
-from tests.ranks import run_ranks, run_worker, start_single
+from tests.ranks import run_ranks, run_worker
 from tests.tiny import write_config
 
 # --- the rules, without a model -------------------------------------------------------------------
@@ -346,27 +342,10 @@ def test_only_the_rate_is_swept(tmp_path, batch):
 # --- the command ----------------------------------------------------------------------------------
 
 
-def finder_process(answer, folder, arguments):
-    """`python -m pretrain.lab.lr_finder ARGUMENTS` in `folder`; the code and output as JSON."""
-    from pretrain.lab.lr_finder import main
-
-    os.chdir(folder)
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        try:
-            code = main(arguments)
-        except BaseException:
-            code = 1
-            traceback.print_exc()
-    answer.write_text(json.dumps([code, output.getvalue()]))
-
-
 def run_finder(folder, arguments):
     here = folder / "elsewhere"
     here.mkdir(exist_ok=True)
-    answer = folder / "answer.json"
-    start_single(finder_process, answer, here, [str(a) for a in arguments]).join(120)
-    return json.loads(answer.read_text())
+    return run_worker([str(a) for a in arguments], "pretrain.lab.lr_finder", str(here))
 
 
 def contents(folder):

@@ -26,7 +26,7 @@ from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.engine.world import World, join_world
 from pretrain.engine.zero import ZeroEngine, rows_of_rank
-from pretrain.errors import UserError
+from pretrain.errors import UserError, exit_code
 from pretrain.lab.lr_plot import plot_findings
 from pretrain.lab.range_test import Findings, Sweep, Trace, add_arguments, summary
 from pretrain.lab.snapshot import left_as_it_was
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     """The command with parsed options; returns the exit code."""
     # torch renames collectives that DeepSpeed calls; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    try:
+
+    def work() -> None:
         sweep = Sweep(
             options.lowest, options.highest, options.steps, options.smoothing, options.batch
         )
@@ -58,13 +59,8 @@ def run(options: argparse.Namespace) -> int:
         checkpoint = _find_checkpoint(options.checkpoint)
         with join_world(config.timeout.value) as world:
             _find_for_run(config, world, sweep, checkpoint, plot)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing of the run was changed", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(work, "interrupted: nothing of the run was changed")
 
 
 def find(
