@@ -38,12 +38,13 @@ def compare(plan: Plan, choices: list[str], load: Callable[[list[str]], Config])
             f"--compare asks for {len(combinations)} combinations\n  rule: at most {_MOST}\n"
             "  cure: compare fewer values at once"
         )
-    width = max(len(" ".join(c)) for c in [("as configured",), *_labels(keys, combinations)])
-    lines = [f"{'':<{width}}{'memory':>9}{'fits':>6}{'s/step':>9}{'days':>9}{'sent a step':>13}"]
     rows = [("as configured", plan)]
-    for values_of_row in combinations:
-        label = " ".join(f"{k}={v}" for k, v in zip(keys, values_of_row, strict=True))
-        rows.append((label, _changed(plan, dict(zip(keys, values_of_row, strict=True)), load)))
+    for combination in combinations:
+        choice = dict(zip(keys, combination, strict=True))
+        label = " ".join(f"{key}={value}" for key, value in choice.items())
+        rows.append((label, _changed(plan, choice, load)))
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{'':<{width}}{'memory':>9}{'fits':>6}{'s/step':>9}{'days':>9}{'sent a step':>13}"]
     for label, row in rows:
         sent = human_bytes(row.sent_bytes) if row.layout.replicas > 1 else "-"
         lines.append(
@@ -51,10 +52,6 @@ def compare(plan: Plan, choices: list[str], load: Callable[[list[str]], Config])
             f"{row.final_cost.seconds:>9.4g}{row.seconds / 86400:>9.3g}{sent:>13}"
         )
     return "\n".join(lines)
-
-
-def _labels(keys: list[str], combinations: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    return [tuple(f"{k}={v}" for k, v in zip(keys, values, strict=True)) for values in combinations]
 
 
 def _changed(plan: Plan, choice: dict[str, str], load: Callable[[list[str]], Config]) -> Plan:
@@ -69,8 +66,7 @@ def _changed(plan: Plan, choice: dict[str, str], load: Callable[[list[str]], Con
         elif key == "shard_ranks":
             plan = replace(plan, shard_ranks=whole_number(key, value))
         elif key == "nodes":
-            cluster = plan.cluster.model_copy(update={"nodes": whole_number(key, value)})
-            plan = replace(plan, cluster=cluster)
+            plan = plan.with_nodes(whole_number(key, value))
         else:
             overrides.append(f"{_SHORT.get(key, key)}={value}")
     return replace(plan, config=load(overrides)) if overrides else plan

@@ -10,7 +10,7 @@ from launch.clusters import Cluster
 from launch.cost import StepCost, step_cost
 from pretrain.config import BloomModel, Config
 from pretrain.errors import UserError
-from pretrain.memory import Layout, initial_bytes, memory
+from pretrain.memory import Layout, checkpoint_bytes, initial_bytes, memory
 from pretrain.quantities import Horizon
 from pretrain.recipe import Clock, Recipe
 from pretrain.sizes import (
@@ -20,8 +20,6 @@ from pretrain.sizes import (
     shape_of,
 )
 from pretrain.wire import Sync, sync_bytes
-
-CHECKPOINT_BYTES = 12  # of a parameter: fp32 master and two states
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,26 @@ class Plan:
 
     def with_replicas(self, shard_ranks: int, sync: Sync) -> "Plan":
         """The same run with replicas of `shard_ranks` ranks."""
-        return replace(self, shard_ranks=shard_ranks, sync=sync)
+        return self._variant(shard_ranks=shard_ranks, sync=sync)
+
+    def with_nodes(self, nodes: int) -> "Plan":
+        """The same run on another number of nodes."""
+        assert self.cluster is not None
+        return self._variant(cluster=self.cluster.model_copy(update={"nodes": nodes}))
+
+    def _variant(self, **changes: Any) -> "Plan":
+        """The same recipe and model, which are not worked out again, otherwise."""
+        other = replace(self, **changes)
+        other.__dict__.update(recipe=self.recipe, shape=self.shape)
+        return other
 
     @property
+    def most_rows(self) -> int:
+        """A rank's share of the largest batch, in samples."""
+        assert self.cluster is not None
+        return math.ceil(max(batch for _, _, batch in self.recipe.stages) / self.cluster.devices)
+
+    @cached_property
     def layout(self) -> Layout:
         """How the run is spread over the cluster; UserError where groups do not fit."""
         assert self.cluster is not None, "only a cluster has a layout"
@@ -113,8 +128,7 @@ class Plan:
                 "  rule: replicas are alike, so ranks = replicas x shard_ranks\n"
                 f"  cure: choose a divisor, for example {math.gcd(ranks, shards)}"
             )
-        rows = math.ceil(max(b for _, _, b in self.recipe.stages) / ranks)
-        model = self.config.model
+        model, rows = self.config.model, self.most_rows
         return Layout(
             ranks=ranks,
             zero_stage=engine.zero_stage,
@@ -216,13 +230,11 @@ class Plan:
     def with_engine(self, **settings: Any) -> "Plan":
         """The same run with other settings of `engine`."""
         engine = self.config.engine.model_copy(update=settings)
-        return replace(self, config=self.config.model_copy(update={"engine": engine}))
+        return self._variant(config=self.config.model_copy(update={"engine": engine}))
 
     def largest_micro_batch(self) -> int:
         """The most samples of a pass that fit, at most a rank's share of the batch; 0 if none."""
-        assert self.cluster is not None
-        share = math.ceil(max(stage.batch_samples for stage in self.stages) / self.cluster.devices)
-        low, high = 0, share
+        low, high = 0, self.most_rows
         while low < high:
             middle = (low + high + 1) // 2
             if self.with_engine(micro_batch_samples=middle).fits:
@@ -258,8 +270,7 @@ class Plan:
                 zero_stage=3, activation_checkpointing=True, micro_batch_samples=1
             )
             for nodes in (2**power * self.cluster.nodes for power in range(1, 8)):
-                larger = replace(smallest, cluster=self.cluster.model_copy(update={"nodes": nodes}))
-                if larger.fits:
+                if smallest.with_nodes(nodes).fits:
                     yield (
                         "engine.zero_stage=3 engine.activation_checkpointing=true "
                         f"engine.micro_batch_samples=1 --nodes {nodes}"
@@ -319,7 +330,7 @@ class Plan:
         reliability = self.cluster.reliability
         if reliability is None:
             return None
-        size = CHECKPOINT_BYTES * self.shape.parameters
+        size = checkpoint_bytes(self.shape.parameters, self.config.optimizer.name)
         save = size / (reliability.write_gbytes_per_s * 1e9)
         between_failures = reliability.node_mtbf_days * 86400 / self.cluster.nodes
         interval = daly_interval(save, between_failures)

@@ -6,9 +6,10 @@ from typing import Any
 
 from launch.plan import Plan, PlannedStage
 from pretrain.quantities import human_bytes, human_count, human_seconds
-from pretrain.wire import METHODS, Sync
+from pretrain.wire import Sync
 
 _ROWS = 12  # of the timeline, unless all are asked for
+_METHODS = ("allreduce", "powersgd", "int8", "int4", "diloco:50", "diloco:50:int4", "localsgd:30")
 
 
 def report(plan: Plan, questions: list[str], full: bool = False) -> str:
@@ -202,7 +203,7 @@ def _sync(plan: Plan) -> str:
         f"Between replicas of {shards} ranks, by method (planned only: training has one replica)",
         f"  {'method':<18}{'sent a step':>13}{'sync s':>9}{'step s':>9}{'days':>8}{'fits':>6}",
     ]
-    for text in (*METHODS[:4], "diloco:50", "diloco:50:int4", "localsgd:30"):
+    for text in _METHODS:
         other = plan.with_replicas(shards, Sync.parse(text))
         lines.append(
             f"  {text:<18}{human_bytes(other.sent_bytes):>13}"

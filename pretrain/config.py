@@ -171,10 +171,11 @@ def _shard_tokens(path: Path) -> int:
     """Tokens of a shard, from the size of PATH.bin and the dtype code in PATH.idx (byte 17)."""
     with open(path.with_name(path.name + ".idx"), "rb") as index:
         code = index.read(18)[17]
-    return path.with_name(path.name + ".bin").stat().st_size // _TOKEN_BYTES[code]
+    return path.with_name(path.name + ".bin").stat().st_size // int(TOKEN_DTYPES[code][2:])
 
 
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+# Little-endian numpy types by their code in an index: kind and bytes.
+TOKEN_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
 class Optimizer(Section):
@@ -286,7 +287,7 @@ class Config(Section):
         return build_recipe(
             self.recipe,
             data.sequence_length,
-            data.epoch(),
+            data.epoch,
             Constants(optimizer.weight_decay, optimizer.betas, optimizer.clip_norm),
         )
 

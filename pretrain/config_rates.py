@@ -3,7 +3,7 @@
 `Axis` converts all horizons to samples, once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -32,10 +32,11 @@ Form = Literal["linear", "cosine", "sqrt"]
 
 @dataclass(frozen=True)
 class Axis:
-    """Converts horizons to samples. Steps need the batch schedule, epochs `epoch_tokens`."""
+    """Converts horizons to samples. Steps need the batch schedule, epochs `epoch_tokens()`, which
+    is asked only for them, since it may have to look at the shards."""
 
     sequence_length: int
-    epoch_tokens: int | None
+    epoch_tokens: Callable[[], int | None]
     batch: BatchSchedule
     train_samples: int = 0
 
@@ -44,9 +45,10 @@ class Axis:
         if horizon.unit == "steps":
             return self.batch.samples_at(horizon.value)
         if horizon.unit == "epochs":
-            if self.epoch_tokens is None:
+            tokens = self.epoch_tokens()
+            if tokens is None:
                 raise ValueError("epochs need data.epoch_tokens")
-            return horizon.value * self.epoch_tokens // self.sequence_length
+            return horizon.value * tokens // self.sequence_length
         return horizon.samples(self.sequence_length)
 
     def end(self, decay: Horizon | None) -> int:

@@ -3,7 +3,7 @@
 Learning rates are in `config_rates.py`; batch schedules, too, are sections that build themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -162,7 +162,9 @@ class Constants:
     clip_norm: float
 
 
-def recipe_axis(section: RecipeSection, sequence_length: int, epoch_tokens: int | None) -> Axis:
+def recipe_axis(
+    section: RecipeSection, sequence_length: int, epoch_tokens: Callable[[], int | None]
+) -> Axis:
     """The axis of a recipe, which knows its batch schedule and its length."""
     axis = Axis(sequence_length, epoch_tokens, linear_ramp(1, 1))
     axis = replace(axis, batch=section.batch.build(axis, section.learning_rate))
@@ -170,7 +172,10 @@ def recipe_axis(section: RecipeSection, sequence_length: int, epoch_tokens: int 
 
 
 def build_recipe(
-    section: RecipeSection, sequence_length: int, epoch_tokens: int | None, constants: Constants
+    section: RecipeSection,
+    sequence_length: int,
+    epoch_tokens: Callable[[], int | None],
+    constants: Constants,
 ) -> Recipe:
     """The recipe with all horizons converted to samples."""
     rate, axis = section.learning_rate, recipe_axis(section, sequence_length, epoch_tokens)

@@ -169,9 +169,9 @@ def _horizon_rules(recipe: RecipeSection, data: Data) -> Iterator[Problem]:
     if any(_ramp_rules(recipe)):
         return
     rate, batch, length = recipe.learning_rate, recipe.batch, data.sequence_length
-    problems, epoch = [], data.epoch()
+    problems = []
     for key, horizon in horizons(recipe, "recipe"):
-        if horizon.unit == "epochs" and epoch is None:
+        if horizon.unit == "epochs" and data.epoch() is None:
             problems.append(Problem(key, str(horizon), "the tokens of an epoch must be known",
                             "set data.epoch_tokens, or put the shards in place"))  # fmt: skip
     if isinstance(batch, TableBatch) and batch.stages[0].begins.value:
@@ -197,7 +197,7 @@ _NOT_EMPTY = {"train", "every", "rise", "fall", "timescale", "cooldown", "hold"}
 def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[Problem]:
     """Rules about what comes before what, once all horizons can be converted."""
     rate = recipe.learning_rate
-    axis = recipe_axis(recipe, length, data.epoch())
+    axis = recipe_axis(recipe, length, data.epoch)
     for key, horizon in horizons(recipe, "recipe"):
         if key.rpartition(".")[2] in _NOT_EMPTY and axis(horizon) == 0:
             yield Problem(key, str(horizon), f"at least one sample of {length} tokens",

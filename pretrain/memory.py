@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from pretrain.sizes import ModelShape
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, Sync, sync_state_bytes
 
-CPU_LOGIT_BYTES, DEVICE_LOGIT_BYTES = 64 * 2**20, 512 * 2**20  # a slice, see model/loss.py
+# Upper bound of one slice of fp32 logits. A slice reads and writes the whole fp32 gradient of the
+# weight once, so an accelerator, which multiplies far faster than it reads, wants more rows.
+CPU_SLICE_BYTES = 64 * 2**20
+ACCELERATOR_SLICE_BYTES = 512 * 2**20
 OPTIMIZER_STATE_BYTES = {"adamw": 8}  # of fp32 states, a parameter
-_ALIBI_COLUMNS = 6  # products of parts that hold a slope and a position, see model/bloom.py
+# bf16 parts that hold an ALiBi slope or position; a column of queries and keys for each pair
+SLOPE_PARTS, POSITION_PARTS = 3, 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,11 @@ def memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
     return parts | max(forward, backward, key=lambda side: sum(side.values()))
 
 
+def checkpoint_bytes(parameters: int, optimizer: str) -> int:
+    """Bytes of a checkpoint: fp32 masters and optimizer states."""
+    return (4 + OPTIMIZER_STATE_BYTES[optimizer]) * parameters
+
+
 def initial_bytes(shape: ModelShape, layout: Layout) -> int:
     """Bytes while DeepSpeed takes over the fp32 weights of a new model. Under ZeRO 3 it is sharded
     as it is built."""
@@ -95,7 +104,8 @@ def activation_bytes(shape: ModelShape, layout: Layout) -> int:
     tokens = layout.micro_batch_samples * layout.sequence_length
     hidden, width, heads = shape.hidden_size, layout.weight_bytes, shape.heads
     head_dim = hidden // heads
-    columns = _ALIBI_COLUMNS + -(head_dim + _ALIBI_COLUMNS) % 8
+    columns = SLOPE_PARTS * POSITION_PARTS
+    columns += -(head_dim + columns) % 8
     block = width * (9 * hidden + 2 * shape.feed_forward + 4 * columns * heads) + 4 * heads
     if layout.dropout:
         block += 2 * hidden  # masks
@@ -115,7 +125,7 @@ def logit_bytes(shape: ModelShape, layout: Layout) -> int:
     tokens = layout.micro_batch_samples * layout.sequence_length
     if not shape.sliced_loss:  # logits, their fp32 copy, and the gradients of both
         return 2 * tokens * shape.vocab_size * (layout.weight_bytes + 4)
-    limit = CPU_LOGIT_BYTES if layout.on_cpu else DEVICE_LOGIT_BYTES
+    limit = CPU_SLICE_BYTES if layout.on_cpu else ACCELERATOR_SLICE_BYTES
     rows = min(tokens, max(1, limit // (4 * shape.vocab_size)))
     copies = 4 if layout.weight_bytes == 4 else 4 + 2 * layout.weight_bytes
     head = shape.vocab_size * shape.hidden_size

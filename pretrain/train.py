@@ -23,6 +23,7 @@ from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
 from pretrain.errors import UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
+from pretrain.memory import checkpoint_bytes
 from pretrain.model import build_model
 from pretrain.model.precision import matmul_dtype
 from pretrain.observe.observers import Observers
@@ -178,7 +179,7 @@ def _save_config(config: Config) -> None:
 
 def _check_space(config: Config, parameters: int, resuming: bool) -> None:
     """Refuse to begin where two checkpoints (one more, if there is one) do not fit."""
-    size = 12 * parameters  # fp32 master and two optimizer states
+    size = checkpoint_bytes(parameters, config.optimizer.name)
     needed = size if resuming else 2 * size
     free = shutil.disk_usage(config.run_directory).free
     if free < needed:

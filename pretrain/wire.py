@@ -12,7 +12,6 @@ from pretrain.sizes import ModelShape
 BUCKET_ELEMENTS = 50_000_000  # of a communication bucket; DeepSpeed's 5e8 would reserve 2 GB
 LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO 3 may keep gathered
 SCALE_BLOCK = 256  # elements that share an fp32 scale in quantised messages
-METHODS = ("allreduce", "powersgd", "int8", "int4", "diloco", "localsgd")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.config import TOKEN_DTYPES
 from pretrain.errors import DataError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, N, D
-DTYPES = {
-    code: np.dtype(name)
-    for code, name in {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
-}
+DTYPES = {code: np.dtype(name) for code, name in TOKEN_DTYPES.items()}
 _FLOAT_CODES = (6, 7)
 _SMALL_VOCAB = 65_500  # below it Megatron stores u16, else i32
 _LONGEST_DOCUMENT = 2**31 - 1  # tokens; lengths are i32

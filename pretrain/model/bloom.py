@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import BloomModel
+from pretrain.memory import POSITION_PARTS, SLOPE_PARTS
 from pretrain.model.loss import nll_sum
 from pretrain.model.precision import matmul_dtype
 
 POSITION_LIMIT = 2**16
-SLOPE_PARTS, POSITION_PARTS = 3, 2
 # What takes keys of other documents out, before the scale: far more than scores ever differ by. No
 # larger, because kernels may subtract such scores from each other, whose rounding (here about 1)
 # must not overflow exp.

@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.memory import ACCELERATOR_SLICE_BYTES, CPU_SLICE_BYTES
 from pretrain.model.precision import matmul_dtype
-
-# Upper bound of one slice of fp32 logits. A slice reads and writes the whole fp32 gradient of the
-# weight once, so an accelerator, which multiplies far faster than it reads, wants more rows.
-CPU_SLICE_BYTES = 64 * 2**20
-ACCELERATOR_SLICE_BYTES = 512 * 2**20
 
 
 def nll_sum(hidden_nh: Tensor, weight_vh: Tensor, targets_n: Tensor) -> Tensor:
