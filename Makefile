@@ -26,6 +26,8 @@ $(INSTALLED): pyproject.toml
 		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@# LAMB and LARS of timm are references in tests; they need nothing of what timm asks for.
+	$(VENV)/bin/python -m pip install --quiet --no-deps timm==1.0.31
 	@touch $@
 
 clean:

@@ -73,9 +73,9 @@ class Plan:
         model = self.config.model
         if isinstance(model, BloomModel):
             return shape_of(model)
-        from pretrain.model.hf import shape_of_hf  # transformers has to build it
+        from pretrain.model import model_shape  # transformers has to build it
 
-        return shape_of_hf(model)
+        return model_shape(model)
 
     @property
     def length(self) -> int:
@@ -139,7 +139,8 @@ class Plan:
             sequence_length=self.length,
             passes=math.ceil(rows / engine.micro_batch_samples),
             dropout=model.dropout if isinstance(model, BloomModel) else 0.0,
-            optimizer=self.config.optimizer.name,
+            optimizer=self.config.optimizer,
+            offload=engine.offload == "cpu",
             shard_ranks=shards,
             sync=self.sync,
             on_cpu=self.cluster.device.shared_cores,
@@ -330,7 +331,7 @@ class Plan:
         reliability = self.cluster.reliability
         if reliability is None:
             return None
-        size = checkpoint_bytes(self.shape.parameters, self.config.optimizer.name)
+        size = checkpoint_bytes(self.shape, self.config.optimizer)
         save = size / (reliability.write_gbytes_per_s * 1e9)
         between_failures = reliability.node_mtbf_days * 86400 / self.cluster.nodes
         interval = daly_interval(save, between_failures)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from launch.plan import Plan, PlannedStage
+from pretrain.memory import host_memory
 from pretrain.quantities import human_bytes, human_count, human_seconds
 from pretrain.wire import Sync
 
@@ -157,6 +158,9 @@ def _memory(plan: Plan) -> str:
     lines = ["Memory of the fullest rank"]
     lines += [f"  {name:<24}{human_bytes(size):>10}" for name, size in plan.memory.items()]
     lines.append(f"  {'in all':<24}{human_bytes(total):>10} of {human_bytes(available)}")
+    if plan.layout.offload:
+        host = sum(host_memory(plan.shape, plan.layout).values())
+        lines.append(f"  {'and on the host':<24}{human_bytes(host):>10} a rank (engine.offload)")
     if plan.fits:
         lines.append(f"  largest micro-batch that fits: {plan.largest_micro_batch()} samples")
         return "\n".join(lines)

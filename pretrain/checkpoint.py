@@ -25,15 +25,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from pretrain.checkpoint_slices import to_load, to_save
 from pretrain.config import Checkpoint as CheckpointConfig
-from pretrain.engine.fragments import Fragment
 from pretrain.engine.world import World
 from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import CheckpointError
@@ -53,59 +47,6 @@ class Stateful(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up a state."""
         ...
-
-
-class _Slice(torch.Tensor):
-    """A 1-D tensor of which this rank holds elements [start, start + local.numel())."""
-
-    local: Tensor
-    start: int
-
-    @staticmethod
-    def __new__(cls: type["_Slice"], local: Tensor, start: int, numel: int) -> "_Slice":
-        slice_ = torch.Tensor._make_wrapper_subclass(
-            cls, (numel,), dtype=local.dtype, device=local.device
-        )
-        slice_.local, slice_.start = local, start
-        return slice_
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].local, args[0].start, args[0].shape[0])
-        raise RuntimeError(
-            f"a checkpoint slice is only saved and loaded, not computed with: {func}"
-        )
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.local.numel()]))
-
-    # The protocol by which torch.distributed.checkpoint asks a tensor about its shards.
-
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.local)
-        data = TensorWriteData(self._chunk(), properties, torch.Size(self.shape))
-        index = MetadataIndex(fqn, torch.Size([self.start]))
-        return [WriteItem(index, WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()]
-
-    def __get_tensor_shard__(self, _: MetadataIndex) -> Tensor:
-        return self.local
-
-
-def _slices(fragments: list[Fragment], with_optimizer: bool) -> dict[str, _Slice]:
-    entries = {}
-    for fragment in fragments:
-        tensors = {f"optimizer.{key}": value for key, value in fragment.state.items()}
-        for kind, local in {
-            "master": fragment.master,
-            **(tensors if with_optimizer else {}),
-        }.items():
-            key = f"{kind}/{fragment.name}"
-            entries[key] = _Slice(local, fragment.start, fragment.parameter_numel)
-    return entries
 
 
 class Checkpoints:
@@ -155,7 +96,7 @@ class Checkpoints:
             partial.mkdir(parents=True)
         self._world.barrier()
         try:
-            dcp.save(_slices(engine.fragments(), with_optimizer=True), checkpoint_id=partial)
+            dcp.save(to_save(engine), checkpoint_id=partial)
             files = self._hash_files(partial)
             if self._world.is_first:
                 permanent = self._permanent(clock)
@@ -189,11 +130,8 @@ class Checkpoints:
         state = read_state(path)
         _compare_facts(path, state["facts"], self._facts(Clock(**state["clock"])))
         self._verify(path, state["files"])
-        scalars = state["optimizer_scalars"]
-        if scalars:
-            engine.materialize_state()
-        dcp.load(_slices(engine.fragments(), with_optimizer=bool(scalars)), checkpoint_id=path)
-        engine.loaded(scalars)
+        dcp.load(to_load(path, engine), checkpoint_id=path)
+        engine.loaded(state["optimizer_scalars"])
         for name, part in parts.items():
             if name in state["parts"]:
                 part.load_state(state["parts"][name])

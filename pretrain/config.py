@@ -19,6 +19,7 @@ from pretrain.config_base import (
     Section,
     union_by,
 )
+from pretrain.config_optim import AdamW, Optimizer
 from pretrain.config_recipe import Constants, RecipeSection, build_recipe
 from pretrain.quantities import Duration, Horizon
 from pretrain.recipe import Recipe
@@ -178,16 +179,6 @@ def _shard_tokens(path: Path) -> int:
 TOKEN_DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
-class Optimizer(Section):
-    """The optimizer and its constants."""
-
-    name: Literal["adamw"] = "adamw"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    epsilon: PositiveNumber = 1e-8
-    weight_decay: Rate = Field(0.1, description="of embeddings and matrices, not biases and norms")
-    clip_norm: Rate = Field(1.0, description="global norm to which gradients are cut; 0: never")
-
-
 class Engine(Section):
     """How the work is spread and computed; none of it changes what is learned, but for rounding."""
 
@@ -197,6 +188,11 @@ class Engine(Section):
     )
     micro_batch_samples: Positive = Field(1, description="samples of one forward pass on a rank")
     activation_checkpointing: bool = False
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: masters and optimizer states lie in the host's memory and are stepped "
+        "there; nothing is compiled for it",
+    )
 
 
 class Checkpoint(Section):
@@ -259,7 +255,7 @@ class Config(Section):
     model: Model
     data: Data
     recipe: RecipeSection
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
@@ -288,7 +284,7 @@ class Config(Section):
             self.recipe,
             data.sequence_length,
             data.epoch,
-            Constants(optimizer.weight_decay, optimizer.betas, optimizer.clip_norm),
+            Constants(optimizer.weight_decay, optimizer.momenta, optimizer.clip_norm),
         )
 
 

@@ -1,6 +1,7 @@
 """What all config sections are made of: the base class, common types, unions by a key."""
 
 import os
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -29,15 +30,19 @@ class Section(BaseModel):
 TAGS: dict[type[Section], str] = {}
 
 
-def union_by(key: str, *sections: type[Section]) -> Any:
+def union_by(
+    key: str, *sections: type[Section], tag_of: Callable[[Any], Any] = lambda name: name
+) -> Any:
     """The type of a section that is one of `sections`, as its `key` says; the first by default.
 
-    Each has a field `key` whose default is its name.
+    Each has a field `key` whose default is its name; `tag_of` turns a value of the key into such a
+    name.
     """
 
     def name_of(value: Any) -> Any:
         default = TAGS[sections[0]]
-        return value.get(key, default) if isinstance(value, dict) else getattr(value, key, default)
+        found = value.get(key, default) if isinstance(value, dict) else getattr(value, key, default)
+        return tag_of(found)
 
     name_of.__name__ = key  # so pydantic's errors name it
     TAGS.update((section, section.model_fields[key].default) for section in sections)

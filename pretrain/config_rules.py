@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pretrain.config import BloomModel, Checkpoint, Data, HfModel, Optimizer, Validation
+from pretrain.config import BloomModel, Checkpoint, Data, Engine, HfModel, Validation
+from pretrain.config_optim import OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
 from pretrain.config_rates import InverseSqrt, MultiStep, OneCycle, Step
 from pretrain.config_recipe import (
     GrowingBatch,
@@ -144,7 +145,7 @@ def _ramp_rules(recipe: RecipeSection) -> Iterator[Problem]:
 
 
 @_check("recipe", "optimizer")
-def _scaling_rules(recipe: RecipeSection, optimizer: Optimizer) -> Iterator[Problem]:
+def _scaling_rules(recipe: RecipeSection, optimizer: OptimizerSection) -> Iterator[Problem]:
     scaling, rate = recipe.scaling, recipe.learning_rate
     if scaling and scaling.rule in ("linear-then-sqrt", "noise-scale"):
         if scaling.critical_batch is None:
@@ -162,6 +163,38 @@ def _scaling_rules(recipe: RecipeSection, optimizer: Optimizer) -> Iterator[Prob
         yield Problem("recipe.clip_norm", str(recipe.clip_norm),
                       "changes a norm above 0 to another",
                       "0 means never: choose a large norm instead")  # fmt: skip
+
+
+@_check("optimizer", "engine")
+def _compatibility_rules(optimizer: OptimizerSection, engine: Engine) -> Iterator[Problem]:
+    facts, name = optimizer.facts, getattr(optimizer, "name", "")
+    for key, found, allowed in (
+        ("zero_stage", engine.zero_stage, facts.zero_stages),
+        ("precision", engine.precision, facts.precisions),
+        ("offload", engine.offload, ("none", "cpu") if facts.offload else ("none",)),
+    ):
+        if found not in allowed:
+            yield Problem(f"engine.{key}", found, f"optimizer.name = {name!r} works with "
+                          f"{' or '.join(map(str, allowed))}", f"use {allowed[0]}")  # fmt: skip
+
+
+@_check("recipe", "optimizer")
+def _momentum_rules(recipe: RecipeSection, optimizer: OptimizerSection) -> Iterator[Problem]:
+    rate = recipe.learning_rate
+    cycles = isinstance(rate, OneCycle) and rate.cycle_momentum
+    key = "recipe.learning_rate.cycle_momentum" if cycles else "recipe.momentum"
+    changes = cycles or recipe.momentum is not None
+    if isinstance(optimizer, ScheduleFreeAdamW | ScheduleFreeSgd):
+        if optimizer.momenta[0] == 0:
+            yield Problem("optimizer", optimizer.momenta, "Schedule-Free interpolates: its first "
+                          "beta (or momentum) is above 0", "usual: 0.9")  # fmt: skip
+        if changes:
+            yield Problem(key, str(recipe.momentum or True), "Schedule-Free's average is taken "
+                          "at one momentum", "remove it")  # fmt: skip
+    elif changes and not optimizer.momenta[0]:
+        yield Problem(key, str(recipe.momentum or True),
+                      f"optimizer.name = {getattr(optimizer, 'name', '')!r} has no momentum here",
+                      "remove it, or set the optimizer's momentum or betas")  # fmt: skip
 
 
 @_check("recipe", "data")

@@ -6,6 +6,7 @@ What DeepSpeed 0.19.8 holds as `pretrain.engine` runs it was read off its reside
 
 from dataclasses import dataclass, field
 
+from pretrain.config_optim import AdamW, OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
 from pretrain.sizes import ModelShape
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, Sync, sync_state_bytes
 
@@ -13,7 +14,6 @@ from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, Sync, sync_state_bytes
 # weight once, so an accelerator, which multiplies far faster than it reads, wants more rows.
 CPU_SLICE_BYTES = 64 * 2**20
 ACCELERATOR_SLICE_BYTES = 512 * 2**20
-OPTIMIZER_STATE_BYTES = {"adamw": 8}  # of fp32 states, a parameter
 # bf16 parts that hold an ALiBi slope or position; a column of queries and keys for each pair
 SLOPE_PARTS, POSITION_PARTS = 3, 2
 
@@ -30,7 +30,8 @@ class Layout:
     sequence_length: int
     passes: int  # micro-batches of the largest step on a rank
     dropout: float = 0.0
-    optimizer: str = "adamw"
+    optimizer: OptimizerSection = field(default_factory=AdamW)
+    offload: bool = False
     shard_ranks: int = 0  # 0: all ranks are one shard group
     sync: Sync = field(default_factory=Sync)
     on_cpu: bool = False
@@ -57,8 +58,7 @@ def memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
     third = layout.zero_stage == 3
     parts = {
         "weights": width * count // (shards if third else 1),
-        "masters": 4 * count // shards,
-        "optimizer states": OPTIMIZER_STATE_BYTES[layout.optimizer] * count // shards,
+        **({} if layout.offload else host_memory(shape, layout)),
         "gradients": 4 * count // (1 if layout.zero_stage == 1 else shards),
     }
     if third:
@@ -80,9 +80,20 @@ def memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
     return parts | max(forward, backward, key=lambda side: sum(side.values()))
 
 
-def checkpoint_bytes(parameters: int, optimizer: str) -> int:
-    """Bytes of a checkpoint: fp32 masters and optimizer states."""
-    return (4 + OPTIMIZER_STATE_BYTES[optimizer]) * parameters
+def host_memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
+    """Bytes of what a rank keeps on the host with engine.offload = "cpu", else on its device."""
+    states = 4 * layout.optimizer.state_numbers(shape.hidden_matrices, shape.others)
+    return {
+        "masters": 4 * shape.parameters // layout.shards,
+        "optimizer states": int(states) // layout.shards,
+    }
+
+
+def checkpoint_bytes(shape: ModelShape, optimizer: OptimizerSection) -> int:
+    """Bytes of a checkpoint: fp32 masters, and their average if one is kept, and states."""
+    masters = 2 if isinstance(optimizer, ScheduleFreeAdamW | ScheduleFreeSgd) else 1
+    states = optimizer.state_numbers(shape.hidden_matrices, shape.others)
+    return int(4 * (masters * shape.parameters + states))
 
 
 def initial_bytes(shape: ModelShape, layout: Layout) -> int:

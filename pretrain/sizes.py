@@ -22,6 +22,16 @@ class ModelShape:
     sliced_loss: bool = True  # logits are never there as a whole
 
     @property
+    def hidden_matrices(self) -> list[tuple[int, int, int]]:
+        """The matrices but embedding and head."""
+        return [matrix for matrix in self.matrices if self.vocab_size not in matrix[:2]]
+
+    @property
+    def others(self) -> int:
+        """Parameters that are in no hidden matrix."""
+        return self.parameters - sum(r * c * count for r, c, count in self.hidden_matrices)
+
+    @property
     def multiplied(self) -> int:
         """Elements of the matrices that each token is multiplied by."""
         return (

@@ -24,11 +24,10 @@ from pretrain.errors import UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
 from pretrain.memory import checkpoint_bytes
-from pretrain.model import build_model
+from pretrain.model import build_model, model_shape
 from pretrain.model.precision import matmul_dtype
 from pretrain.observe.observers import Observers
 from pretrain.observe.throughput import flops_per_token, measure_peak_flops
-from pretrain.optim.registry import build_optimizer
 from pretrain.quantities import human_count
 from pretrain.recipe import Clock
 
@@ -72,7 +71,7 @@ def train_run(config: Config, world: World) -> Clock:
     engine = build_engine(config, world)
     parameters = engine.parameter_count()
     if world.is_first:
-        _check_space(config, parameters, resuming=newest is not None)
+        _check_space(config, resuming=newest is not None)
     observers = Observers(
         config.observe,
         recipe,
@@ -128,7 +127,7 @@ def build_engine(config: Config, world: World) -> ZeroEngine:
         model = build_model(
             config.model, config.engine.activation_checkpointing, config.attention_end
         )
-    return ZeroEngine(model, build_optimizer(model, config.optimizer), config.engine, world)
+    return ZeroEngine(model, config.optimizer, config.engine, world)
 
 
 def open_data(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
@@ -177,9 +176,9 @@ def _save_config(config: Config) -> None:
     saved.with_suffix(".new").rename(saved)
 
 
-def _check_space(config: Config, parameters: int, resuming: bool) -> None:
+def _check_space(config: Config, resuming: bool) -> None:
     """Refuse to begin where two checkpoints (one more, if there is one) do not fit."""
-    size = checkpoint_bytes(parameters, config.optimizer.name)
+    size = checkpoint_bytes(model_shape(config.model), config.optimizer)
     needed = size if resuming else 2 * size
     free = shutil.disk_usage(config.run_directory).free
     if free < needed:

@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.config import BloomModel, Engine, Optimizer
+from pretrain.config import BloomModel, Engine
+from pretrain.config_optim import AdamW
 from pretrain.recipe import StepPlan
 from tests.ranks import run_ranks
 
@@ -18,7 +19,6 @@ def build(stage, world, precision="fp32", micro=2, recompute=False):
     """An engine and the model it began from (a copy, unsharded)."""
     from pretrain.engine.zero import ZeroEngine, sharded_construction
     from pretrain.model.bloom import Bloom
-    from pretrain.optim.registry import build_optimizer
 
     config = Engine(zero_stage=stage, precision=precision, micro_batch_samples=micro)
     torch.manual_seed(1)
@@ -26,7 +26,7 @@ def build(stage, world, precision="fp32", micro=2, recompute=False):
     torch.manual_seed(1)
     with sharded_construction(config, world):
         model = Bloom(MODEL, activation_checkpointing=recompute)
-    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, world)
+    engine = ZeroEngine(model, AdamW(), config, world)
     return engine, reference
 
 
@@ -48,14 +48,12 @@ def engine_step(engine, step, batch, rate=1e-2):
 
 def reference_step(model, optimizer, step, batch, rate=1e-2, clip=1.0):
     """The same step in plain PyTorch, on the whole batch at once."""
-    from pretrain.optim.groups import DECAYED_ROLES
-
     rows = rows_for(step, batch)
     loss = model(rows[:, :-1], rows[:, 1:]) / (batch * LENGTH)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     for group in optimizer.param_groups:
-        decay = 0.1 if group["role"] in DECAYED_ROLES else 0.0
+        decay = 0.1 if group["role"] in AdamW().decayed_roles else 0.0
         group.update(lr=rate * (1 + step % 3), weight_decay=decay, betas=(0.9, 0.95))
     optimizer.step()
     optimizer.zero_grad()

@@ -147,7 +147,7 @@ def fingerprint(engine):
                      .tobytes() if value.ndim else value.item())  # fmt: skip
         return hashlib.sha256(repr(value).encode()).hexdigest()
 
-    inner, masters = engine._optimizer.optimizer, engine._map.masters
+    inner, masters = engine.optimizer, engine._map.masters
     found = {f"master {i}": digest(master) for i, master in enumerate(masters)}
     for name, parameter in engine.module.named_parameters():
         found[f"weight {name}"] = digest(getattr(parameter, "ds_tensor", parameter))

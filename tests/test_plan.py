@@ -14,8 +14,9 @@ from launch.cli import main as anthesis
 from launch.clusters import load_cluster
 from launch.cost import step_cost
 from launch.plan import Plan, daly_interval
-from pretrain.config import BloomModel, Engine, Optimizer
+from pretrain.config import BloomModel, Engine
 from pretrain.config_file import load
+from pretrain.config_optim import AdamW
 from pretrain.memory import Layout, memory
 from pretrain.sizes import shape_of
 from pretrain.wire import Sync
@@ -219,13 +220,12 @@ def held_bytes(world, stage, precision):
 
     from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
     from pretrain.model import build_model
-    from pretrain.optim.registry import build_optimizer
     from pretrain.recipe import StepPlan
 
     config = Engine(zero_stage=stage, precision=precision)
     with sharded_construction(config, world):
         model = build_model(MODEL)
-    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, world)
+    engine = ZeroEngine(model, AdamW(), config, world)
     rows, plan = torch.zeros(4, 9, dtype=torch.long), StepPlan(4, 1e-3, 0.1, (0.9, 0.95), 1.0)
     first, end = rows_of_rank(4, world)
     engine.step(plan, engine.forward_backward(rows[first:end], 4))

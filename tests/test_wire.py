@@ -57,11 +57,11 @@ def test_methods_that_are_none(text):
 COUNT = """
 import sys, torch
 from pathlib import Path
-from pretrain.config import BloomModel, Engine, Optimizer
+from pretrain.config import BloomModel, Engine
+from pretrain.config_optim import AdamW
 from pretrain.engine.world import join_world
 from pretrain.engine.zero import ZeroEngine, sharded_construction
 from pretrain.model import build_model
-from pretrain.optim.registry import build_optimizer
 from pretrain.recipe import StepPlan
 sent = lambda: int(Path("/proc/net/dev").read_text().split("lo:")[1].split()[8])
 stage, precision = int(sys.argv[1]), sys.argv[2]
@@ -69,7 +69,7 @@ with join_world(120) as world:
     config = Engine(zero_stage=stage, precision=precision)
     with sharded_construction(config, world):
         model = build_model(BloomModel(vocab_size=512, hidden_size=256, layers=2, heads=4))
-    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, world)
+    engine = ZeroEngine(model, AdamW(), config, world)
     counts = []
     for step in range(3):
         world.barrier()

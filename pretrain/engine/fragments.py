@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.engine.world import World
+from pretrain.optim.groups import Matrices
+from pretrain.optim.shards import Place, Shards
+
 
 @dataclass
 class Fragment:
@@ -34,61 +38,64 @@ class Fragment:
         return self.shape.numel()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a fragment lies: `length` elements from `offset` of flat buffer `group`."""
-
-    name: str
-    shape: torch.Size
-    role: str
-    start: int
-    length: int
-    group: int
-    offset: int
-
-
 class FragmentMap:
     """The fragments of this rank, found once; `fragments()` costs only views.
 
-    `optimizer` is DeepSpeed's ZeRO wrapper, `parameters` the named parameters in their order,
-    `roles` a role for each name.
+    `zero` is DeepSpeed's ZeRO wrapper, whose optimizer only holds groups: the real one is built on
+    `shards`, and its states, by master, are given as `states`. `parameters` are the named
+    parameters in their order, `roles` a role for each name. With `offload` masters, and so the
+    states, are moved to the host.
     """
 
     def __init__(
         self,
-        optimizer: Any,
+        zero: Any,
         parameters: dict[str, torch.nn.Parameter],
         roles: dict[str, str],
+        matrices: dict[str, Matrices],
         stage: int,
+        world: World,
+        offload: bool,
     ) -> None:
-        self._optimizer = optimizer
-        self._stage = stage
+        self._zero, self._stage = zero, stage
+        if offload:
+            for master in self.masters:
+                # In place, for DeepSpeed keeps the tensor itself.
+                host = torch.empty(master.shape, pin_memory=master.is_cuda)
+                master.data = host.copy_(master.data)
         names = {id(parameter): name for name, parameter in parameters.items()}
         find = _places_stage_3 if stage == 3 else _places_stage_1_2
-        self._places = [
-            _Place(name, shape, roles[name], start, length, group, offset)
-            for parameter, shape, start, length, group, offset in find(optimizer)
+        places = [
+            Place(name, shape, roles[name], start, length, buffer, offset)
+            for parameter, shape, start, length, buffer, offset in find(zero)
             for name in [names[id(parameter)]]
         ]
+        buffer_roles = [zero.optimizer.param_groups[g]["role"] for g in self._groups_of_buffers()]
+        self.shards = Shards(self.masters, buffer_roles, places, list(parameters), world, matrices)
+        self.states: dict[Any, dict[str, Any]] = {}
+
+    def _groups_of_buffers(self) -> list[int]:
+        if self._stage == 3:
+            return [self._zero.sub_group_to_group_id[i] for i in range(len(self.masters))]
+        return list(range(len(self.masters)))
 
     @property
     def masters(self) -> list[Tensor]:
-        """The flat fp32 buffers that the inner optimizer steps, padding included."""
+        """The flat fp32 buffers that the optimizer steps, padding included."""
         if self._stage == 3:
-            return self._optimizer.fp32_partitioned_groups_flat
-        return self._optimizer.single_partition_of_fp32_groups
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
 
     def fragments(self) -> list[Fragment]:
         """Live views of all that this rank owns."""
         masters, gradients = self.masters, self._gradients_by_group()
-        inner_state = self._optimizer.optimizer.state
         fragments = []
-        for place in self._places:
-            master, span = masters[place.group], (0, place.offset, place.length)
-            gradient = gradients.get(place.group)
+        for place in self.shards.places:
+            master, span = masters[place.buffer], (0, place.offset, place.length)
+            gradient = gradients.get(place.buffer)
             state = {
                 key: value.detach().narrow(*span)
-                for key, value in inner_state.get(master, {}).items()
+                for key, value in self.states.get(master, {}).items()
                 if torch.is_tensor(value) and value.shape == master.shape
             }
             fragments.append(
@@ -104,13 +111,19 @@ class FragmentMap:
             )
         return fragments
 
+    def hand_over_gradients(self) -> None:
+        """Make the accumulated gradients those of the masters."""
+        for buffer, gradient in self._gradients_by_group().items():
+            master = self.masters[buffer]
+            master.grad = gradient.to(master.device)
+
     def flat_gradients(self) -> list[Tensor]:
         """The gradients of all fragments in as few tensors as there are groups; padding is zero."""
         return list(self._gradients_by_group().values())
 
     def _gradients_by_group(self) -> dict[int, Tensor]:
         """The flat gradient of each group, where there is one now."""
-        averaged = self._optimizer.averaged_gradients
+        averaged = self._zero.averaged_gradients
         flats = {}
         for group, gradients in averaged.items():
             if gradients is not None:
@@ -129,7 +142,7 @@ class FragmentMap:
             return
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
-        averaged = self._optimizer.averaged_gradients
+        averaged = self._zero.averaged_gradients
         for group, gradients in averaged.items():
             if getattr(gradients, "flat_partition", None) is None:
                 flat = torch.zeros_like(self.masters[group])
@@ -140,7 +153,9 @@ class FragmentMap:
 
     def discard_gradients(self) -> None:
         """Forget the accumulated gradients, as if the backward passes had not been."""
-        optimizer = self._optimizer
+        optimizer = self._zero
+        for master in self.masters:
+            master.grad = None
         if self._stage == 3:
             # The buffers are overwritten by the first micro-batch after micro_step_id is reset.
             optimizer._pre_step()
@@ -153,8 +168,9 @@ class FragmentMap:
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Copy the masters into the weights that the model computes with, on all ranks."""
-        optimizer = self._optimizer
+        optimizer = self._zero
         if self._stage == 3:
+            optimizer._partition_all_parameters()
             for group in range(len(self.masters)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
             # Small parameters are kept whole between passes and have to be gathered anew.

@@ -33,6 +33,29 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def exchange(self, send: list[torch.Tensor], receive: list[torch.Tensor]) -> None:
+        """The 1-D tensor `send[r]` to each rank r; fill `receive` with what the ranks send.
+
+        They may lie in host memory while the ranks talk between devices.
+        """
+        if self.size == 1:
+            receive[0].copy_(send[0])
+            return
+        outgoing = torch.cat([tensor.to(self.device) for tensor in send])
+        incoming = outgoing.new_empty(sum(tensor.numel() for tensor in receive))
+        lengths = [[tensor.numel() for tensor in tensors] for tensors in (receive, send)]
+        dist.all_to_all_single(incoming, outgoing, *lengths)
+        for tensor, part in zip(receive, incoming.split(lengths[0]), strict=True):
+            tensor.copy_(part)
+
+    def gather(self, value: object) -> list[object]:
+        """A small value of each rank, by rank; for set-up only."""
+        values: list[object] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

@@ -6,7 +6,8 @@ gradient is the mean over the tokens of the global batch, however it is split.
 """
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import Engine as EngineConfig
+from pretrain.config_optim import OptimizerSection
 from pretrain.engine.fragments import Fragment, FragmentMap
 from pretrain.engine.world import World
-from pretrain.optim.groups import DECAYED_ROLES, parameter_roles
+from pretrain.optim.groups import fused_matrices, parameter_groups, parameter_roles
+from pretrain.optim.registry import build_optimizer
 from pretrain.recipe import StepPlan
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
@@ -68,31 +71,36 @@ class ZeroEngine:
     """A model and its optimizer, sharded over the ranks of `world`.
 
     `model(tokens_bt, targets_bt)` returns the sum over tokens of the negative log likelihood.
+    DeepSpeed shards, communicates and accumulates; the step itself is ours, over the masters of all
+    groups at once, so that an optimizer may look at whole parameters.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: OptimizerSection,
         config: EngineConfig,
         world: World,
     ) -> None:
-        self.config, self.world = config, world
-        roles = parameter_roles(model)
-        self._engine = _initialize(model, optimizer, config)
-        self._optimizer = self._engine.optimizer
+        self.config, self.world, self._section = config, world, optimizer
+        roles, matrices = parameter_roles(model), fused_matrices(model)
+        # Never stepped: it tells DeepSpeed which parameters lie together.
+        holder = torch.optim.SGD(parameter_groups(model), lr=0.0)
+        self._engine = _initialize(model, holder, config)
+        self._zero = self._engine.optimizer
         parameters = dict(self._engine.module.named_parameters())
-        self._map = FragmentMap(self._optimizer, parameters, roles, config.zero_stage)
+        self._map = FragmentMap(
+            self._zero, parameters, roles, matrices, config.zero_stage, world,
+            config.offload == "cpu",
+        )  # fmt: skip
+        self.optimizer = build_optimizer(self._map.shards, optimizer)
+        self._map.states = self.optimizer.state
+        self._as_built = [_numbers(group) for group in self.optimizer.param_groups]
 
     @property
     def module(self) -> nn.Module:
         """The model; under ZeRO 3 its parameters are whole only inside its modules' passes."""
         return self._engine.module
-
-    @property
-    def inner_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer that DeepSpeed hands the flat masters to."""
-        return self._optimizer.optimizer
 
     def parameter_count(self) -> int:
         """Parameters of the whole model."""
@@ -136,26 +144,62 @@ class ZeroEngine:
         if plan.clip_norm and stats.grad_norm > plan.clip_norm:
             scale = plan.clip_norm / (stats.grad_norm + 1e-6)
             torch._foreach_mul_(self._map.flat_gradients(), scale)
-        for group in self._optimizer.param_groups:
+        self._weight_decay = plan.weight_decay  # told back where no role decays
+        decayed, governed = self._section.decayed_roles, any(self._section.momenta)
+        for group in self.optimizer.param_groups:
             group["lr"] = plan.learning_rate
-            group["betas"] = plan.betas
-            group["weight_decay"] = plan.weight_decay if group["role"] in DECAYED_ROLES else 0.0
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            group["weight_decay"] = plan.weight_decay if group["role"] in decayed else 0.0
+            if "betas" in group and governed:
+                group["betas"] = plan.betas
+            elif "momentum" in group and governed:
+                group["momentum"] = plan.betas[0]
+        self._map.hand_over_gradients()
+        self.optimizer.step()
+        self._map.discard_gradients()
+        self._map.refresh_weights()
 
     def discard(self) -> None:
         """Drop the accumulated gradients; the weights stay as they are."""
         self._map.discard_gradients()
 
     def applied(self) -> dict[str, Any]:
-        """Rate, betas and decay of the last step, read back from the inner optimizer's groups."""
-        groups = self._optimizer.param_groups
-        decays = {group["weight_decay"] for group in groups if group["role"] in DECAYED_ROLES}
+        """Rate, betas and decay of the last step, read back from the optimizer's groups."""
+        groups, section = self.optimizer.param_groups, self._section
+        decayed = [group for group in groups if group["role"] in section.decayed_roles]
+        decays = {group["weight_decay"] for group in decayed} or {self._weight_decay}
         rates = {group["lr"] for group in groups}
-        betas = {tuple(group["betas"]) for group in groups}
-        if len(rates) != 1 or len(decays) > 1 or len(betas) != 1:
+        betas = {
+            tuple(group["betas"]) if "betas" in group else (group["momentum"], section.momenta[1])
+            for group in groups
+            if any(section.momenta) and ("betas" in group or "momentum" in group)
+        }
+        if len(rates) != 1 or len(decays) != 1 or len(betas) > 1:
             raise RuntimeError(f"parameter groups disagree: {rates}, {decays}, {betas}")
-        return {"learning_rate": rates.pop(), "betas": betas.pop(), "weight_decay": decays.pop()}
+        return {
+            "learning_rate": rates.pop(),
+            "betas": betas.pop() if betas else section.momenta,
+            "weight_decay": decays.pop(),
+        }
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, masters and model hold the weights that are evaluated and exported: the average
+        where the optimizer keeps one, else those of training. Afterwards all is as before, bit by
+        bit. Collective."""
+        if not hasattr(self.optimizer, "eval"):
+            yield
+            return
+        trained = [master.detach().clone() for master in self._map.masters]
+        with torch.no_grad():
+            self.optimizer.eval()
+            self._map.refresh_weights()
+            try:
+                yield
+            finally:
+                self.optimizer.train()
+                for master, kept in zip(self._map.masters, trained, strict=True):
+                    master.copy_(kept)
+                self._map.refresh_weights()
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, batch_samples: int) -> float:
@@ -163,6 +207,10 @@ class ZeroEngine:
 
         Passes are counted as in `forward_backward`, for ZeRO 3 gathers weights in them.
         """
+        with self.averaged():
+            return self._evaluate(rows, batch_samples)
+
+    def _evaluate(self, rows: Tensor, batch_samples: int) -> float:
         self._engine.eval()
         micro = self.config.micro_batch_samples
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
@@ -174,55 +222,75 @@ class ZeroEngine:
             total += 0.0 if idle else loss_sum
         return self.world.sum(total).item() / (batch_samples * (rows.shape[1] - 1))
 
-    # --- state of the inner optimizer that is not a fragment --------------------------------------
+    # --- state of the optimizer that is not a fragment --------------------------------------------
 
     def optimizer_scalars(self) -> dict[str, float]:
-        """State that is one number for all parameters, such as Adam's step count."""
+        """State that is one number for all parameters: Adam's step count (by its name), and what
+        an optimizer changes in its groups (as "group.NAME")."""
         scalars: dict[str, set[float]] = {}
         for master in self._map.masters:
-            for key, value in self.inner_optimizer.state.get(master, {}).items():
+            for key, value in self.optimizer.state.get(master, {}).items():
                 if not torch.is_tensor(value) or value.shape != master.shape:
                     scalars.setdefault(key, set()).add(float(value))
+        for group, as_built in zip(self.optimizer.param_groups, self._as_built, strict=True):
+            for key, value in _numbers(group).items():
+                if value != as_built.get(key):
+                    scalars.setdefault(f"group.{key}", set()).add(value)
         if odd := {key: values for key, values in scalars.items() if len(values) > 1}:
             raise RuntimeError(f"optimizer scalars differ between parameter groups: {odd}")
         return {key: values.pop() for key, values in scalars.items()}
 
+    def optimizer_wholes(self) -> dict[str, Tensor]:
+        """State that is not shaped like a shard, as "KEY/NAME of the parameter": what an optimizer
+        keeps under the name of a parameter, on the ranks that need it."""
+        return {
+            f"{key}/{name}": value
+            for name, state in self.optimizer.state.items()
+            if isinstance(name, str)
+            for key, value in state.items()
+        }
+
+    def trained_and_averaged(self) -> list[tuple[Tensor, Tensor | None]]:
+        """For each fragment its master and, where the optimizer keeps one, a copy of the average;
+        collective."""
+        trained = [fragment.master for fragment in self.fragments()]
+        if not hasattr(self.optimizer, "eval"):
+            return [(master, None) for master in trained]
+        with self.averaged():
+            return [(master, master.clone()) for master in trained]
+
     @torch.no_grad()
     def materialize_state(self) -> None:
-        """Create the inner optimizer's states (which appear at its first step) to be loaded into.
+        """Create the optimizer's states (which appear at its first step) to be loaded into.
 
         A step with rate and gradient zero does it for any optimizer; the masters stay as they are.
         """
-        inner = self.inner_optimizer
-        for group in inner.param_groups:
+        masters = [master.detach().clone() for master in self._map.masters]
+        for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
-        saved = [list(group["params"]) for group in inner.param_groups]
         for master in self._map.masters:
             master.grad = torch.zeros_like(master)
-        inner.param_groups[0]["params"] = list(self._map.masters)
-        for group in inner.param_groups[1:]:
-            group["params"] = []
-        inner.step()
-        for group, parameters in zip(inner.param_groups, saved, strict=True):
-            group["params"] = parameters
-        for master in self._map.masters:
+        self.optimizer.step()
+        for master, before in zip(self._map.masters, masters, strict=True):
             master.grad = None
+            master.copy_(before)
 
     @torch.no_grad()
     def loaded(self, scalars: dict[str, float]) -> None:
         """To be called once fragments have been written: set scalars, refresh the weights."""
-        for master in self._map.masters:
-            state = self.inner_optimizer.state[master]
-            for key, value in scalars.items():
-                if torch.is_tensor(state[key]):
+        for key, value in scalars.items():
+            for group in self.optimizer.param_groups if key.startswith("group.") else ():
+                group[key.removeprefix("group.")] = value
+            for state in self.optimizer.state.values():
+                if torch.is_tensor(state.get(key)):
                     state[key].fill_(value)
-                else:
+                elif key in state:
                     state[key] = value
         self._map.refresh_weights()
 
     def _finish_accumulation(self) -> None:
         """Close the accumulation window: reduce what is not reduced yet, lay gradients out flat."""
-        engine, optimizer = self._engine, self._optimizer
+        engine, optimizer = self._engine, self._zero
         if self.config.zero_stage == 1:
             engine._running_engine_step = True  # the boundary, as engine.step() would set it
             engine.allreduce_gradients()
@@ -230,6 +298,12 @@ class ZeroEngine:
         else:
             optimizer.finalize_gradient_accumulation_boundary()
         self._map.flatten_gradients()
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a parameter group that no recipe governs."""
+    governed = ("lr", "weight_decay", "momentum")
+    return {k: v for k, v in group.items() if isinstance(v, int | float) and k not in governed}
 
 
 def sharded_construction(config: EngineConfig, world: World) -> AbstractContextManager[Any]:

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 import pretrain.train  # noqa: F401  (what a worker imports is part of its memory)
-from pretrain.config import BloomModel, Engine, Optimizer
+from pretrain.config import BloomModel, Engine
+from pretrain.config_optim import AdamW
 from pretrain.engine.world import World
 from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import UserError
 from pretrain.model import build_model
 from pretrain.model.bloom import linear
-from pretrain.optim.registry import build_optimizer
 
 _LEAST_ROUNDS = 3
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -167,7 +167,7 @@ def _runtime_bytes(world: World) -> int:
     """
     model = build_model(BloomModel(vocab_size=64, hidden_size=16, layers=1, heads=2))
     config = Engine(zero_stage=1, precision="fp32")
-    engine = ZeroEngine(model, build_optimizer(model, Optimizer()), config, world)
+    engine = ZeroEngine(model, AdamW(), config, world)
     engine.forward_backward(torch.zeros(1, 9, dtype=torch.long), world.size)
     del model, engine
     gc.collect()

@@ -36,7 +36,7 @@ class _Snapshot:
 
     def __init__(self, engine: ZeroEngine) -> None:
         self._engine = engine
-        self._optimizer = engine.inner_optimizer
+        self._optimizer = engine.optimizer
         self._training = engine.module.training
         self._masters = [_to_host(fragment.master) for fragment in engine.fragments()]
         self._states = {

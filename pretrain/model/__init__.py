@@ -8,8 +8,9 @@ from torch import nn
 
 from pretrain.config import BloomModel, HfModel
 from pretrain.model.bloom import Bloom
+from pretrain.sizes import ModelShape, shape_of
 
-__all__ = ["Bloom", "build_model"]
+__all__ = ["Bloom", "build_model", "model_shape"]
 
 
 def build_model(
@@ -33,3 +34,12 @@ def build_model(
     from pretrain.model.hf import HfCausalLM
 
     return HfCausalLM(config, activation_checkpointing)
+
+
+def model_shape(config: BloomModel | HfModel) -> ModelShape:
+    """Sizes of the model that the config describes."""
+    if isinstance(config, BloomModel):
+        return shape_of(config)
+    from pretrain.model.hf import shape_of_hf
+
+    return shape_of_hf(config)

@@ -1,24 +1,72 @@
-"""Optimizers by name. Each is built on parameter groups; DeepSpeed then hands it flat shards."""
+"""Optimizers by the section of the config that names them, built on the masters of this rank."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
-from pretrain.config import Optimizer
-from pretrain.optim.groups import parameter_groups
+from pretrain import config_optim as sections
+from pretrain.config_optim import OptimizerSection
+from pretrain.optim.elementwise import (
+    Adadelta,
+    AdEmaMixRule,
+    DecoupledSgd,
+    Lion,
+    RmsPropRule,
+    ScheduleFree,
+)
+from pretrain.optim.layerwise import Lamb, Lars
+from pretrain.optim.muon import Muon
+from pretrain.optim.shards import Shards
+
+Builder = Callable[[Shards, Any], torch.optim.Optimizer]
 
 
-def _adamw(groups: list[dict[str, object]], config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101); element-wise, so exact on flat shards."""
+def _adamw(shards: Shards, config: sections.AdamW) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        groups, lr=0.0, betas=config.betas, eps=config.epsilon, weight_decay=0.0, fused=True
+        shards.groups(), lr=0.0, betas=config.betas, eps=config.epsilon, weight_decay=0.0,
+        fused=True,
+    )  # fmt: skip
+
+
+def _adam(shards: Shards, config: sections.Adam) -> torch.optim.Optimizer:
+    return torch.optim.Adam(
+        shards.groups(), lr=0.0, betas=config.betas, eps=config.epsilon, fused=True
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw}
+def _sgd(shards: Shards, config: sections.Sgd) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        shards.groups(), lr=0.0, momentum=config.momentum, nesterov=config.nesterov, fused=True
+    )
 
 
-def build_optimizer(model: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of the config; rate and decay are set from the recipe before each step."""
-    return OPTIMIZERS[config.name](parameter_groups(model), config)
+def _adagrad(shards: Shards, config: sections.Adagrad) -> torch.optim.Optimizer:
+    on_cpu = all(master.device.type == "cpu" for master in shards.masters)  # fused only there
+    return torch.optim.Adagrad(
+        shards.groups(), lr=0.0, eps=config.epsilon, fused=on_cpu or None,
+        initial_accumulator_value=config.initial_accumulator,
+    )  # fmt: skip
+
+
+BUILDERS: dict[type[OptimizerSection], Builder] = {
+    sections.AdamW: _adamw,
+    sections.Adam: _adam,
+    sections.Sgd: _sgd,
+    sections.Sgdw: DecoupledSgd,
+    sections.Adagrad: _adagrad,
+    sections.Adadelta: Adadelta,
+    sections.RmsProp: RmsPropRule,
+    sections.Lion: Lion,
+    sections.AdEmaMix: AdEmaMixRule,
+    sections.ScheduleFreeAdamW: ScheduleFree,
+    sections.ScheduleFreeSgd: ScheduleFree,
+    sections.Lars: Lars,
+    sections.Lamb: Lamb,
+    sections.Muon: Muon,
+}
+
+
+def build_optimizer(shards: Shards, config: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer of the config; rate, betas and decay are set before each step. Collective."""
+    return BUILDERS[type(config)](shards, config)
