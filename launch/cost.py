@@ -5,10 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from launch.clusters import Cluster, Link
+from pretrain.config_optim import Muon
 from pretrain.errors import UserError
 from pretrain.memory import Layout
 from pretrain.sizes import ModelShape
-from pretrain.wire import sync_bytes, zero_traffic
+from pretrain.wire import matrix_traffic, sync_bytes, zero_traffic
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ def step_cost(shape: ModelShape, layout: Layout, cluster: Cluster, batch_samples
     compute = rows * layout.sequence_length * _token_seconds(shape, layout, cluster)
     costs, stage = overheads_of(cluster), layout.zero_stage - 1
     compute += passes * costs.passes[stage] * count / memory_speed
-    optimizer = (costs.step[stage] + costs.share[stage] / layout.shards) * count / memory_speed
+    # The constants are those of AdamW, which keeps two numbers; each is read and written.
+    states = layout.optimizer.state_numbers(shape.hidden_matrices, shape.others) / count
+    share = costs.share[stage] + 8 * (states - 2)
+    optimizer = (costs.step[stage] + share / layout.shards) * count / memory_speed
+    optimizer += _orthogonalisation_seconds(shape, layout, cluster)
     if layout.zero_stage == 1:
         copies = costs.reduction if layout.shards > 1 else costs.reduction / 3
         optimizer += copies * count / memory_speed
@@ -79,6 +84,9 @@ def step_cost(shape: ModelShape, layout: Layout, cluster: Cluster, batch_samples
             zero += group.seconds(
                 cluster, traffic.factor * traffic.payload_bytes, traffic.messages * traffic.factor
             )
+        if layout.optimizer.facts.kind == "matrix":
+            traffic = matrix_traffic(shape, layout.shards)
+            zero += group.seconds(cluster, 2 * traffic.payload_bytes, 2 * traffic.messages)
     sync = 0.0
     if layout.replicas > 1:
         group = Group(layout.replicas, cluster.devices_per_node, consecutive=False)
@@ -86,6 +94,22 @@ def step_cost(shape: ModelShape, layout: Layout, cluster: Cluster, batch_samples
         once = (layout.replicas - 1) / layout.replicas
         sync = group.seconds(cluster, sent / once, 2 / layout.sync.every_steps, layout.shards)
     return StepCost(compute, optimizer, zero, sync, 1 - batch_samples / (rows * layout.ranks))
+
+
+def _orthogonalisation_seconds(shape: ModelShape, layout: Layout, cluster: Cluster) -> float:
+    """Products of Muon's iterations, whose matrices are shared among the ranks: of a matrix with r
+    rows and c columns, r <= c, 4 r^2 c + 2 r^3 each."""
+    if not isinstance(layout.optimizer, Muon):
+        return 0.0
+    flops = 0.0
+    for *sides, count in shape.hidden_matrices:
+        short, long = sorted(sides)
+        flops += count * layout.optimizer.iterations * (4 * short**2 * long + 2 * short**3)
+    device = cluster.device
+    speeds = device.peak_tflops
+    peak = speeds.get(layout.optimizer.precision) or speeds[layout.precision]
+    at_once = min(layout.shards, sum(count for *_, count in shape.hidden_matrices))
+    return flops / at_once / (peak * 1e12 * device.product_efficiency) * _sharing(cluster)
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,10 @@ class Observe(Section):
 
     console_every_steps: Positive = 1
     tensorboard: bool = True
+    parameters_every: Horizon | None = Field(
+        None,
+        description="norm, update and distribution of each parameter go to TensorBoard this often",
+    )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None, description="of one device, for the utilisation; default: measured at start"
     )

@@ -234,10 +234,22 @@ class Adafactor(OptimizerSection):
     beta2_decay: Annotated[float, Field(lt=0)] = Field(
         -0.8, description="beta2 of step t is 1 - t^this"
     )
-    epsilons: tuple[PositiveNumber | None, PositiveNumber] = Field(
-        (None, 1e-3), description="of squared gradients (default: of fp32), of the weights' RMS"
+    epsilons: tuple[PositiveNumber, PositiveNumber] = Field(
+        (2**-23, 1e-3),
+        description="least RMS of a gradient (torch's default, that of fp32) and of the weights",
     )
-    clip_threshold: PositiveNumber = 1.0
+    clip_threshold: PositiveNumber = Field(1.0, description="largest RMS of an update")
+
+    def state_numbers(self, matrices: Shapes, others: int) -> float:
+        """A row and a column for each matrix, one for each element of a vector.
+
+        An estimate for `others`: the vectors beside a matrix (its bias, its share of norms) are
+        taken to be as long as its sides, the rest to be embeddings of the narrowest width.
+        """
+        shapes = list(matrices)
+        sides = sum((rows + columns) * count for rows, columns, count in shapes)
+        width = min((min(rows, columns) for rows, columns, _ in shapes), default=1)
+        return sides + min(sides, others) + max(0, others - sides) / width
 
 
 # --- matrix ---------------------------------------------------------------------------------------
@@ -287,14 +299,18 @@ class Soap(_MatrixSection):
     split_qkv: bool = True
 
     def state_numbers(self, matrices: Shapes, others: int) -> float:
-        """Two moments, and for each side that is not too long its statistics and its basis."""
-        sides = sum(
-            2 * side**2 * count
-            for *both, count in matrices
-            for side in both
-            if side <= self.largest_side
-        )
-        return super().state_numbers(matrices, others) + sides
+        """Two moments, and for each side that is not too long its statistics and its basis.
+
+        A matrix three times as long as wide is taken for a fused query, key and value.
+        """
+        shapes = list(matrices)
+        sides = 0
+        for rows, columns, count in shapes:
+            short, long = sorted((rows, columns))
+            fused = self.split_qkv and long == 3 * short
+            both, number = ((short, short), 3 * count) if fused else ((short, long), count)
+            sides += sum(2 * side**2 * number for side in both if side <= self.largest_side)
+        return super().state_numbers(shapes, others) + sides
 
 
 # --- the user's own -------------------------------------------------------------------------------

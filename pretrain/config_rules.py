@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pretrain.config import BloomModel, Checkpoint, Data, Engine, HfModel, Validation
+from pretrain.config import BloomModel, Checkpoint, Data, Engine, HfModel, Observe, Validation
 from pretrain.config_optim import OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
 from pretrain.config_rates import InverseSqrt, MultiStep, OneCycle, Step
 from pretrain.config_recipe import (
@@ -279,10 +279,16 @@ def _order_in_time(recipe: RecipeSection, data: Data, length: int) -> Iterator[P
                           "move one of them")  # fmt: skip
 
 
-@_check("checkpoint", "validation")
-def _interval_rules(checkpoint: Checkpoint, validation: Validation) -> Iterator[Problem]:
+@_check("checkpoint", "validation", "observe")
+def _interval_rules(
+    checkpoint: Checkpoint, validation: Validation, observe: Observe
+) -> Iterator[Problem]:
     intervals = {"checkpoint.every": checkpoint.every, "checkpoint.keep_every":
-                 checkpoint.keep_every, "validation.every": validation.every}  # fmt: skip
+                 checkpoint.keep_every, "validation.every": validation.every,
+                 "observe.parameters_every": observe.parameters_every}  # fmt: skip
+    if observe.parameters_every and not observe.tensorboard:
+        yield Problem("observe.parameters_every", str(observe.parameters_every),
+                      "goes to TensorBoard", "observe.tensorboard = true")  # fmt: skip
     for key, interval in intervals.items():
         if interval is not None and (interval.value == 0 or interval.unit == "epochs"):
             yield Problem(key, str(interval), "steps, samples or tokens, greater than 0",

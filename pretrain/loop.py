@@ -46,16 +46,17 @@ def train(run: Run, clock: Clock) -> Clock:
         seed_step(run.seed, clock, engine.world.rank)
         stats = engine.forward_backward(run.loader.batch(clock, plan), plan.batch_samples)
         verdict = run.guard.judge(clock, stats)
+        before, clock, parameters = clock, recipe.after(clock, plan), None
         if verdict.apply:
-            engine.step(plan, stats)
+            parameters = engine.step(plan, stats, run.observers.parameters_due(before, clock))
             if engine.applied() != plan.settings:
-                raise RuntimeError(f"step {clock.step + 1}: applied {engine.applied()}, not {plan}")
+                raise RuntimeError(f"step {clock.step}: applied {engine.applied()}, not {plan}")
         else:
             engine.discard()
-        before, clock = clock, recipe.after(clock, plan)
         seconds = time.perf_counter() - began
         loss = run.validate(engine) if run.validate.due(before, clock, recipe) else None
         run.observers.record(clock, plan, stats, verdict, seconds, loss)
+        run.observers.record_parameters(clock, parameters)
         if run.checkpoints.due(before, clock):
             run.checkpoints.save(clock, engine, run.parts)
             saved_at = clock

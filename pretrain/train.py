@@ -16,6 +16,7 @@ import torch
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.config_file import differences, load, read_toml
+from pretrain.config_optim import OwnOptimizer
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.engine.world import World, join_world
@@ -28,6 +29,7 @@ from pretrain.model import build_model, model_shape
 from pretrain.model.precision import matmul_dtype
 from pretrain.observe.observers import Observers
 from pretrain.observe.throughput import flops_per_token, measure_peak_flops
+from pretrain.optim.own import check_own
 from pretrain.quantities import human_count
 from pretrain.recipe import Clock
 
@@ -56,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 def train_run(config: Config, world: World) -> Clock:
     """Train a run to its end, from its newest checkpoint where it has one."""
     recipe = config.build_recipe()
+    if isinstance(config.optimizer, OwnOptimizer):
+        check_own(config.optimizer)
     corpus, held_out = open_data(config, world)
     run_directory = config.run_directory
     checkpoints = checkpoints_of(config, corpus, world)

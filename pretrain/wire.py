@@ -129,3 +129,11 @@ def zero_traffic(
         Traffic(reductions * 4 * parameters, 2, reductions * buckets),
         Traffic(weight_bytes * parameters, 1, buckets),
     ]
+
+
+def matrix_traffic(shape: ModelShape, ranks: int) -> Traffic:
+    """A step of an optimizer that needs whole matrices: fragments go to the matrix's owner and the
+    update comes back, in rounds of a matrix a rank."""
+    elements = sum(rows * columns * count for rows, columns, count in shape.hidden_matrices)
+    rounds = -(-sum(count for *_, count in shape.hidden_matrices) // ranks)
+    return Traffic(4 * elements / ranks, 2, rounds)

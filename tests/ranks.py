@@ -16,7 +16,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"  # before the server imports DeepSpeed
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["deepspeed", "deepspeed.runtime.zero.muon.original_muon", "pretrain.train"]
+    ["deepspeed", "deepspeed.runtime.zero.muon.original_muon", "pretrain.train", "tests.warm"]
 )
 TIMEOUT_SECONDS = 240
 

@@ -23,7 +23,8 @@ FILES = sorted(
 NO_TORCH = ("launch", "pretrain.config", "pretrain.config_file", "pretrain.config_rules",
             "pretrain.recipe", "pretrain.curves",
             "pretrain.batches", "pretrain.sizes", "pretrain.memory", "pretrain.wire",
-            "pretrain.lab.range_test", "pretrain.quantities", "pretrain.errors",
+            "pretrain.lab.range_test", "pretrain.lab.compare_",
+            "pretrain.quantities", "pretrain.errors",
             "pretrain.data.corpus", "pretrain.data.shards", "pretrain.data.mixture",
             "pretrain.data.permutation", "pretrain.data.streams", "pretrain.data.megatron",
             "pretrain.data.shard_writer", "tokenizer")  # fmt: skip

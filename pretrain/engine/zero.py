@@ -20,6 +20,7 @@ from pretrain.engine.fragments import Fragment, FragmentMap
 from pretrain.engine.world import World
 from pretrain.optim.groups import fused_matrices, parameter_groups, parameter_roles
 from pretrain.optim.registry import build_optimizer
+from pretrain.optim.statistics import Measurement, ParameterStatistics
 from pretrain.recipe import StepPlan
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
@@ -82,7 +83,7 @@ class ZeroEngine:
         config: EngineConfig,
         world: World,
     ) -> None:
-        self.config, self.world, self._section = config, world, optimizer
+        self.config, self.world = config, world
         roles, matrices = parameter_roles(model), fused_matrices(model)
         # Never stepped: it tells DeepSpeed which parameters lie together.
         holder = torch.optim.SGD(parameter_groups(model), lr=0.0)
@@ -93,7 +94,12 @@ class ZeroEngine:
             self._zero, parameters, roles, matrices, config.zero_stage, world,
             config.offload == "cpu",
         )  # fmt: skip
-        self.optimizer = build_optimizer(self._map.shards, optimizer)
+        self.use_optimizer(optimizer)
+
+    def use_optimizer(self, section: OptimizerSection) -> None:
+        """Begin anew with an optimizer, from the weights as they are; collective."""
+        self._section = section
+        self.optimizer = build_optimizer(self._map.shards, section)
         self._map.states = self.optimizer.state
         self._as_built = [_numbers(group) for group in self.optimizer.param_groups]
 
@@ -139,8 +145,12 @@ class ZeroEngine:
         loss, square_norm = loss_and_square.tolist()  # the step's one wait for the device
         return StepStats(loss, square_norm**0.5)
 
-    def step(self, plan: StepPlan, stats: StepStats) -> None:
-        """Clip to the global norm, then update with exactly the settings of `plan`."""
+    @torch.no_grad()
+    def step(
+        self, plan: StepPlan, stats: StepStats, measure: bool = False
+    ) -> ParameterStatistics | None:
+        """Clip to the global norm, then update with exactly the settings of `plan`; with `measure`
+        says what that did to each parameter."""
         if plan.clip_norm and stats.grad_norm > plan.clip_norm:
             scale = plan.clip_norm / (stats.grad_norm + 1e-6)
             torch._foreach_mul_(self._map.flat_gradients(), scale)
@@ -154,9 +164,11 @@ class ZeroEngine:
             elif "momentum" in group and governed:
                 group["momentum"] = plan.betas[0]
         self._map.hand_over_gradients()
+        measurement = Measurement(self._map.shards) if measure else None
         self.optimizer.step()
         self._map.discard_gradients()
         self._map.refresh_weights()
+        return measurement and measurement.finish(getattr(self.optimizer, "ratios", None))
 
     def discard(self) -> None:
         """Drop the accumulated gradients; the weights stay as they are."""

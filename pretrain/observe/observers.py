@@ -9,6 +9,7 @@ from pretrain.config import Observe
 from pretrain.engine.zero import StepStats
 from pretrain.guard import Verdict
 from pretrain.observe.metrics import MetricsFile
+from pretrain.optim.statistics import HISTOGRAM_BINS, HISTOGRAM_RMS, ParameterStatistics
 from pretrain.quantities import human_count, human_seconds
 from pretrain.recipe import Clock, Recipe, StepPlan
 
@@ -92,6 +93,35 @@ class Observers:
         every = self._config.console_every_steps
         if clock.step % every == 0 or row.keys() & {"skipped", "validation_loss"}:
             print(self.line(row), flush=True)
+
+    def parameters_due(self, before: Clock, after: Clock) -> bool:
+        """Whether the step from `before` to `after` is to be measured parameter by parameter."""
+        every = self._config.parameters_every
+        return every is not None and every.crossed(before, after)
+
+    def record_parameters(self, clock: Clock, found: ParameterStatistics | None) -> None:
+        """Record what the step that ended at `clock` did to each parameter, if it was measured."""
+        if found is None or self._board is None:
+            return
+        for number, name in enumerate(found.names):
+            kinds = {
+                "weight_norm": found.weight_norm,
+                "gradient_norm": found.gradient_norm,
+                "update_ratio": found.update_ratio,
+                "trust_ratio": found.trust_ratio,
+            }
+            for kind, values in kinds.items():
+                if values is not None:
+                    self._board.add_scalar(f"{kind}/{name}", values[number], clock.tokens)
+            counts, rms = found.histogram[number], found.weight_rms[number]
+            width = HISTOGRAM_RMS * rms or 1.0
+            step = 2 * width / HISTOGRAM_BINS
+            self._board.add_histogram_raw(
+                f"weights/{name}", min=-width, max=width, num=sum(counts),
+                sum=0.0, sum_squares=sum(counts) * rms**2, global_step=clock.tokens,
+                bucket_limits=[step * (b + 1) - width for b in range(HISTOGRAM_BINS)],
+                bucket_counts=counts,
+            )  # fmt: skip
 
     def line(self, row: dict[str, Any]) -> str:
         """One console line of at most 100 columns."""

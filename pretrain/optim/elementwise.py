@@ -92,8 +92,8 @@ class AdEmaMixRule(ShardedOptimizer):
         apply(rules.ademamix, [master, master.grad, *self.states_of(master)], scalars, (0, 2, 3, 4))
 
     def _slow(self, step: int, first: float) -> tuple[float, float]:
-        """Slow beta and its weight at a step: the logarithm of the half-life's inverse is linear
-        in 1 / (1 - share), from that of the first beta (section 3.1, "scheduler for beta3")."""
+        """Slow beta and its weight at a step: the weight grows linearly from 0, the half-life
+        log(1/2) / log(beta) from that of the first beta."""
         final, warmup = self.config.slow_beta, self.config.warmup_steps
         if step >= warmup:
             return final, self.config.slow_weight
@@ -119,11 +119,15 @@ class ScheduleFree(ShardedOptimizer):
             group.update(weight_sum=0.0, largest_rate=0.0)
         self.training = True
 
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Refused, without a trace, while the masters are x."""
+        if not self.training:
+            raise RuntimeError("the weights are the averaged ones: call train() before a step")
+        super().step()
+
     def update_master(self, master: Tensor, group: dict[str, Any]) -> None:
         """z <- z - lr d; x <- (1 - c) x + c z; y <- (1 - b1) z + b1 x, where d is the direction
         with the decay of y in it, and c the share of this step's weight in all weights so far."""
-        if not self.training:
-            raise RuntimeError("the weights are the averaged ones: call train() before a step")
         (first, second), rate = group["betas"], group["lr"]
         share = group["share"]
         z, *square = self._own_states(master)

@@ -47,7 +47,7 @@ def _apply_on_cpu(
 ) -> None:
     arrays = [tensor.detach().numpy() for tensor in tensors]
     number = arrays[0].dtype.type
-    values = [number(scalar) for scalar in scalars]
+    values = [number(float(scalar)) for scalar in scalars]
     kernel = _compiled(rule, len(arrays), len(values), writes)
     length, threads = len(arrays[0]), torch.get_num_threads()
     if length < _SERIAL_ELEMENTS or threads == 1:
@@ -89,4 +89,6 @@ def _compiled(rule: Rule, tensors: int, scalars: int, writes: tuple[int, ...]) -
     # numba has no loop over a varying number of arrays, so the loop is written out as text.
     namespace: dict[str, Any] = {"rule": numba.njit(rule(np))}
     exec(source, namespace)
-    return numba.njit(namespace["loop"], nogil=True, fastmath={"contract", "nsz"})
+    # No fastmath: it gains nothing where memory is the limit, and plain IEEE arithmetic gives the
+    # same bits on every machine and in every cut of a tensor.
+    return numba.njit(namespace["loop"], nogil=True)

@@ -7,6 +7,7 @@ import torch
 
 from pretrain import config_optim as sections
 from pretrain.config_optim import OptimizerSection
+from pretrain.optim.adafactor import Adafactor
 from pretrain.optim.elementwise import (
     Adadelta,
     AdEmaMixRule,
@@ -17,7 +18,9 @@ from pretrain.optim.elementwise import (
 )
 from pretrain.optim.layerwise import Lamb, Lars
 from pretrain.optim.muon import Muon
+from pretrain.optim.own import build_own
 from pretrain.optim.shards import Shards
+from pretrain.optim.soap import Soap
 
 Builder = Callable[[Shards, Any], torch.optim.Optimizer]
 
@@ -63,7 +66,10 @@ BUILDERS: dict[type[OptimizerSection], Builder] = {
     sections.ScheduleFreeSgd: ScheduleFree,
     sections.Lars: Lars,
     sections.Lamb: Lamb,
+    sections.Adafactor: Adafactor,
     sections.Muon: Muon,
+    sections.OwnOptimizer: build_own,
+    sections.Soap: Soap,
 }
 
 
