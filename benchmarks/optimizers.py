@@ -63,7 +63,7 @@ SECTIONS: dict[str, OptimizerSection] = {
     "lamb": Lamb(),
     "adafactor": Adafactor(),
     "muon": Muon(),
-    "soap": Soap(),
+    "soap": Soap(every_steps=1000),
 }
 
 

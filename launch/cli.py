@@ -14,6 +14,7 @@ from launch.measure import run as measure_cluster
 from launch.plan_command import add_arguments as plan_arguments
 from launch.plan_command import run as plan_command
 from pretrain.errors import exit_code
+from pretrain.lab.compare_arguments import add_arguments as compare_arguments
 from pretrain.lab.range_test import add_arguments as lr_find_arguments
 
 
@@ -58,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "between which learning rates the loss falls (range test); changes nothing of a run"
     lr_find_arguments(command("lr-find", _lr_find, text))
+
+    text = "train a run with several optimizers, the same budget for each, and compare them"
+    compare_arguments(command("compare", _compare, text))
 
     sub = command("eval", _eval, "loss and perplexity of a run on its held-out text")
     sub.add_argument("directory", metavar="RUN", type=Path)
@@ -191,6 +195,15 @@ def _lr_find(options: argparse.Namespace) -> int:
     from pretrain.lab.lr_finder import run
 
     return run(options)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from pretrain.lab.compare_setup import comparison_of
+
+    comparison = comparison_of(options)  # says what is wrong before torch is imported
+    from pretrain.lab.compare import run
+
+    run(comparison)
 
 
 def _eval(options: argparse.Namespace) -> None:

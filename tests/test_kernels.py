@@ -14,13 +14,13 @@ WRITES = {
     "lion": "pm", "sgdw": "pm", "sgdw_nesterov": "pm", "rmsprop": "pv", "rmsprop_momentum": "pvm",
     "adadelta": "pvd", "ademamix": "pmsv", "schedule_free_adamw": "pzv", "schedule_free_sgd": "pz",
     "lars": "pm", "lars_nesterov": "pm", "lamb_direction": "gmv", "subtract": "p", "muon": "gm",
-    "muon_nesterov": "gm", "decay_and_subtract": "p",
+    "muon_nesterov": "gm", "decay_and_subtract": "p", "nothing": "",
 }  # fmt: skip
 TENSORS, POSITIVE = set("pgmszvdu"), set("vd")
 RULES = {
     n: r for n, r in inspect.getmembers(rules, inspect.isfunction) if r.__module__ == rules.__name__
 }
-EDGE = kernels._SERIAL_ELEMENTS
+EDGE = 2**12
 LENGTHS = (1, 15, EDGE - 1, EDGE + 17, 5 * EDGE + 3)
 
 
@@ -41,6 +41,13 @@ def applied(name, tensors, scalars, writes):
     copies = [tensor.clone() for tensor in tensors]
     apply(RULES[name], copies, scalars, writes)
     return copies
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """So that a few thousand elements are several pieces."""
+    monkeypatch.setattr(kernels, "_PIECE_ELEMENTS", EDGE)
+    monkeypatch.setattr(kernels, "_BLOCK_ELEMENTS", EDGE)
 
 
 @pytest.fixture(params=[1, 2])
@@ -85,6 +92,49 @@ def test_cuts_change_no_bit(name, threads):
         apply(RULES[name], piece, scalars, writes)
     for got, wanted in zip(pieces, whole, strict=True):
         assert torch.equal(torch.cat(got), wanted)
+
+
+def some_jobs(name, dtype):
+    """Fragments of several sizes, each with a scalar of its own."""
+    found = []
+    for seed, length in enumerate((5, 3 * EDGE + 7, 1, EDGE)):
+        tensors, scalars, writes = case(name, length, dtype, seed)
+        found.append(([t.clone() for t in tensors], scalars))
+    return found, tuple(writes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["lamb_direction", "nothing", "lars"])
+def test_sums_of_squares_are_those_after_the_step(name, dtype, threads):
+    """By the loops of a CPU, and by the code that other devices run."""
+    jobs, writes = some_jobs(name, dtype)
+    sums = kernels.apply_to_all(RULES[name], jobs, writes, (0, 1))
+    assert sums.shape == (4, 2)
+    assert sums.dtype == torch.float64
+    others, _ = some_jobs(name, dtype)
+    by_torch = kernels._by_torch(RULES[name], others, writes, (0, 1))
+    for number, (tensors, _) in enumerate(jobs):
+        expected = [tensor.double().square().sum().item() for tensor in tensors[:2]]
+        assert sums[number].tolist() == pytest.approx(expected, rel=1e-14)
+        assert by_torch[number].tolist() == pytest.approx(expected, rel=1e-5)
+        for mine, other in zip(tensors, others[number][0], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_do_not_depend_on_threads():
+    sums = []
+    for threads in (1, 2, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        jobs, writes = some_jobs("lamb_direction", torch.float32)
+        sums.append(kernels.apply_to_all(rules.lamb_direction, jobs, writes, (0, 1)))
+        torch.set_num_threads(before)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+def test_no_fragments_are_no_work():
+    assert kernels.apply_to_all(rules.lion, [], (0, 2), (0,)).shape == (0, 1)
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -157,6 +157,8 @@ def fingerprint(engine):
         found[f"states {i}"] = sorted(inner.state[master]) if master in inner.state else None
         for key, value in inner.state.get(master, {}).items():
             found[f"{key} {i}"] = digest(value)
+    for name, value in engine.optimizer_wholes().items():
+        found[f"whole state {name}"] = digest(value)
     found["states"] = len(inner.state)
     found["scalars"] = engine.optimizer_scalars()
     found["groups"] = [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups]
@@ -236,6 +238,15 @@ def test_nothing_is_left_of_a_sweep(tmp_path, stage, precision, ranks):
         assert reasons[0][0] == 12
         assert reasons[1][0] < 12
         assert reasons[1][1]
+
+
+@pytest.mark.parametrize("name", ["schedulefree", "lamb", "muon", "soap", "adafactor"])
+def test_nothing_is_left_of_a_sweep_with_other_optimizers(tmp_path, name):
+    path = write_config(tmp_path, optimizer={"name": name})
+    for differing, same_steps, differing_ends, _, _ in run_ranks(2, find_between_steps, path, []):
+        assert differing == []
+        assert same_steps
+        assert differing_ends == []
 
 
 def interrupted_sweep(world, path):

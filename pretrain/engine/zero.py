@@ -234,6 +234,11 @@ class ZeroEngine:
             total += 0.0 if idle else loss_sum
         return self.world.sum(total).item() / (batch_samples * (rows.shape[1] - 1))
 
+    def close(self) -> None:
+        """Let go of the model. DeepSpeed hangs hooks into autograd's graph, where the collector
+        does not see the cycle: without this every engine of a process stays in memory."""
+        self._engine.destroy()
+
     # --- state of the optimizer that is not a fragment --------------------------------------------
 
     def optimizer_scalars(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pretrain.config_optim import Lamb as LambConfig
 from pretrain.config_optim import Lars as LarsConfig
 from pretrain.optim import rules
 from pretrain.optim.base import ShardedOptimizer, adam_corrections
-from pretrain.optim.kernels import apply
+from pretrain.optim.kernels import apply_to_all
 
 
 class LayerwiseOptimizer(ShardedOptimizer):
@@ -25,12 +25,14 @@ class LayerwiseOptimizer(ShardedOptimizer):
 
     def update(self, groups: list[dict[str, Any]]) -> None:
         """Directions, norms of all parameters together, then the step of each."""
-        flats = {}
+        shards = self.shards
+        squares = torch.zeros(2, len(shards.numbers), dtype=torch.float64)
+        squares = squares.to(shards.ranks.device)
         for group in groups:
             for master in group["params"]:
-                self.direct(master, group)
-                flats[master] = (master.detach(), master.grad)
-        weights, updates = self.shards.square_norms(flats).sqrt()
+                own = shards.indices[master]
+                squares[:, own] += self.measure(self._stretches(master), group).to(squares).T
+        weights, updates = shards.ranks.sum(squares).sqrt()
         self.ratios = torch.ones_like(weights)
         for group in groups:
             if self.adapts(group):
@@ -38,33 +40,35 @@ class LayerwiseOptimizer(ShardedOptimizer):
                 # No branch on values: they are on the device, and may not be waited for.
                 ratios = torch.where((weights > 0) & (updates > 0), ratios, 1.0)
                 for master in group["params"]:
-                    own = self.shards.indices[master]
+                    own = shards.indices[master]
                     self.ratios[own] = ratios[own]
-        found = self.ratios.to(torch.float32)
         for group in groups:
             for master in group["params"]:
-                self._move(master, found.to(master.device), group)
+                own = self.ratios[shards.indices[master]].to(master)
+                self.move(self._stretches(master), own, group)
 
-    def _move(self, master: Tensor, ratios: Tensor, group: dict[str, Any]) -> None:
-        tensors = (master.detach(), master.grad, *self.states_of(master))
-        for place in self.shards.buffers[master]:
-            stretch = [tensor.narrow(0, place.offset, place.length) for tensor in tensors]
-            self.move(stretch, ratios[self.shards.numbers[place.name]], group)
+    def _stretches(self, master: Tensor) -> list[list[Tensor]]:
+        """Weights, gradient and states of each fragment in a master."""
+        flats = (master.detach(), master.grad, *self.states_of(master))
+        views = [self.shards.views(master, flat) for flat in flats]
+        return [list(stretch) for stretch in zip(*views, strict=True)]
 
     def adapts(self, group: dict[str, Any]) -> bool:
         """Whether parameters of the group take a ratio; as published, those that do not decay
         (biases, norms) do not."""
         return group["weight_decay"] != 0
 
-    def direct(self, master: Tensor, group: dict[str, Any]) -> None:
-        """Turn the gradient into what norms are taken of."""
+    def measure(self, stretches: list[list[Tensor]], group: dict[str, Any]) -> Tensor:
+        """Squared norms of weights and direction of each fragment, (fragments, 2); may turn the
+        gradients into directions."""
+        return apply_to_all(rules.nothing, [(s[:2], ()) for s in stretches], (), (0, 1))
 
     def ratio(self, weights: Tensor, updates: Tensor, group: dict[str, Any]) -> Tensor:
         """Ratios by number of parameter from the norms of weights and directions."""
         raise NotImplementedError
 
-    def move(self, stretch: list[Tensor], ratio: Tensor, group: dict[str, Any]) -> None:
-        """Update one fragment: `stretch` is its weights, gradient and states."""
+    def move(self, stretches: list[list[Tensor]], ratios: Tensor, group: dict[str, Any]) -> None:
+        """Update fragments, each at its ratio."""
         raise NotImplementedError
 
 
@@ -81,11 +85,15 @@ class Lars(LayerwiseOptimizer):
         ratio = self.config.trust * weights / (updates + decay * weights + self.config.epsilon)
         return (ratio / group["lr"]).clamp(max=1.0) if self.config.clip and group["lr"] else ratio
 
-    def move(self, stretch: list[Tensor], ratio: Tensor, group: dict[str, Any]) -> None:
+    def move(self, stretches: list[list[Tensor]], ratios: Tensor, group: dict[str, Any]) -> None:
         """m <- mu m + ratio (g + wd p); p <- p - lr m."""
         rule = rules.lars_nesterov if self.config.nesterov else rules.lars
-        scalars = (group["weight_decay"], ratio, group["lr"], group["betas"][0])
-        apply(rule, stretch, scalars, (0, 2))
+        decay, rate, momentum = group["weight_decay"], group["lr"], group["betas"][0]
+        jobs = [
+            (stretch, (decay, ratio, rate, momentum))
+            for stretch, ratio in zip(stretches, ratios.unbind(), strict=True)
+        ]
+        apply_to_all(rule, jobs, (0, 2))
 
 
 class Lamb(LayerwiseOptimizer):
@@ -98,13 +106,13 @@ class Lamb(LayerwiseOptimizer):
         """Where there is decay, or always if asked for."""
         return self.config.always_adapt or super().adapts(group)
 
-    def direct(self, master: Tensor, group: dict[str, Any]) -> None:
-        """Adam's update plus the decay, in place of the gradient."""
+    def measure(self, stretches: list[list[Tensor]], group: dict[str, Any]) -> Tensor:
+        """Puts Adam's update plus the decay in place of the gradients."""
         first, second = group["betas"]
         scalars = (group["weight_decay"], first, 1 - first, second, 1 - second,
                    *adam_corrections(group), self.config.epsilon)  # fmt: skip
-        tensors = [master, master.grad, *self.states_of(master)]
-        apply(rules.lamb_direction, tensors, scalars, (1, 2, 3))
+        jobs = [(stretch, scalars) for stretch in stretches]
+        return apply_to_all(rules.lamb_direction, jobs, (1, 2, 3), (0, 1))
 
     def ratio(self, weights: Tensor, updates: Tensor, group: dict[str, Any]) -> Tensor:
         """|w| / |u|, at most the limit."""
@@ -112,6 +120,8 @@ class Lamb(LayerwiseOptimizer):
         ratio = weights / updates
         return ratio if limit is None else ratio.clamp(max=limit)
 
-    def move(self, stretch: list[Tensor], ratio: Tensor, group: dict[str, Any]) -> None:
+    def move(self, stretches: list[list[Tensor]], ratios: Tensor, group: dict[str, Any]) -> None:
         """p <- p - lr ratio u."""
-        apply(rules.subtract, stretch[:2], (group["lr"] * ratio,), (0,))
+        rates = (ratios * group["lr"]).unbind()
+        jobs = [(s[:2], (rate,)) for s, rate in zip(stretches, rates, strict=True)]
+        apply_to_all(rules.subtract, jobs, (0,))
