@@ -287,7 +287,8 @@ class Muon(_MatrixSection):
 class Soap(_MatrixSection):
     """AdamW in the eigenbasis of Shampoo's preconditioner."""
 
-    facts = Facts("matrix", 2, "Vyas et al., arXiv 2409.11321", 2e-3, _MATRICES)
+    # States lie with the owners of the matrices, on their devices: there is little to offload.
+    facts = Facts("matrix", 2, "Vyas et al., arXiv 2409.11321", 2e-3, _MATRICES, offload=False)
     name: Literal["soap"] = "soap"
     weight_decay: Rate = 0.01
     betas: Betas = (0.95, 0.95)

@@ -3,16 +3,20 @@
 import pytest
 import tomli_w
 
+from launch.clusters import load_cluster
+from launch.cost import step_cost
+from pretrain.config import BloomModel
 from pretrain.config_file import load
-from pretrain.config_optim import Lamb, Muon, OptimizerSection, Sgd, Soap
+from pretrain.config_optim import AdamW, AdEmaMix, Lamb, Muon, OptimizerSection, Sgd, Soap
 from pretrain.errors import ConfigError
 from pretrain.memory import Layout, checkpoint_bytes, host_memory, memory
 from pretrain.observe.metrics import read_metrics
-from pretrain.recipe import Clock
+from pretrain.recipe import Clock, StepPlan
 from pretrain.sizes import shape_of
+from pretrain.wire import matrix_traffic
 from tests.ranks import run_ranks
 from tests.test_resume import train_ranks
-from tests.test_sharding import MODEL, build, train
+from tests.test_sharding import BATCH, MODEL, build, rows_of, train
 from tests.tiny import write_config
 from tests.warm import EVERY_OPTIMIZER, label
 
@@ -82,6 +86,12 @@ def test_what_an_optimizer_cannot_do_is_refused_before_launch(tmp_path, monkeypa
     assert "'lamb' works with 1 or 2" in text
 
 
+def test_soap_stays_on_the_device(tmp_path):
+    text = problems(tmp_path, optimizer={"name": "soap"}, engine={"offload": "cpu"})
+    assert "engine.offload" in text
+    assert "'soap' works with none" in text
+
+
 def state_elements(world, section):
     """What the ranks really keep for the tiny model, in fp32 numbers."""
     engine = build(world, 1, section)
@@ -97,6 +107,51 @@ def test_the_planner_knows_the_state(section):
     found = run_ranks(1, state_elements, section)[0]
     # Adafactor's embedding is estimated, for its own shape is not told.
     assert found == pytest.approx(planned, rel=0.1 if section.name == "adafactor" else 0.02)
+
+
+def bytes_exchanged(world, section):
+    """What this rank sends to others in a step of the optimizer, besides ZeRO's own messages."""
+    from pretrain.engine.zero import StepStats
+
+    engine = build(world, 2, section, micro=4)
+    ranks, sent = engine.optimizer.shards.ranks, []
+
+    class Counting:
+        rank, size, device, sum = ranks.rank, ranks.size, ranks.device, ranks.sum
+
+        def exchange(self, send, receive):
+            sent.extend(4 * t.numel() for r, t in enumerate(send) if r != ranks.rank)
+            ranks.exchange(send, receive)
+
+    engine.optimizer.shards.ranks = Counting()
+    engine.forward_backward(rows_of(0)[4 * world.rank : 4 * world.rank + 4], BATCH)
+    engine.step(StepPlan(BATCH, 1e-3, 0.1, section.momenta, 1.0), StepStats(1.0, 1.0))
+    return sum(sent)
+
+
+def test_the_planner_knows_what_matrix_optimizers_send():
+    """Means over the ranks: which rank owns which matrix is not planned."""
+    found = run_ranks(3, bytes_exchanged, Muon(precision="fp32"))
+    traffic = matrix_traffic(shape_of(MODEL), 3)
+    assert sum(found) / 3 == pytest.approx(traffic.factor * traffic.payload_bytes * 2 / 3, rel=0.1)
+
+
+def test_the_planner_knows_what_a_step_costs():
+    """More state is more memory traffic; matrices are products and messages besides."""
+    cluster = load_cluster("configs/clusters/h100-8x.toml")
+    shape = shape_of(BloomModel(vocab_size=50_000, hidden_size=4096, layers=30, heads=32))
+    costs = {
+        section.name: step_cost(shape, layout(section, ranks=8), cluster, 64)
+        for section in (Sgd(), AdamW(), AdEmaMix(), Muon())
+    }
+    assert costs["sgd"].optimizer < costs["adamw"].optimizer < costs["ademamix"].optimizer
+    # 8 bytes for each state more, at the device's speed
+    states = 8 * shape.parameters / 8 / (cluster.device.memory_gbytes_per_s * 1e9)
+    more = costs["ademamix"].optimizer - costs["adamw"].optimizer
+    assert more == pytest.approx(states, rel=0.01)
+    assert costs["muon"].optimizer > 2 * costs["adamw"].optimizer
+    assert costs["muon"].zero_communication > costs["adamw"].zero_communication
+    assert costs["sgd"].zero_communication == costs["adamw"].zero_communication
 
 
 def layout(section, **changes):
