@@ -7,7 +7,7 @@ from launch.clusters import load_cluster
 from launch.cost import step_cost
 from pretrain.config import BloomModel
 from pretrain.config_file import load
-from pretrain.config_optim import AdamW, AdEmaMix, Lamb, Muon, OptimizerSection, Sgd, Soap
+from pretrain.config_optim import AdamW, AdEmaMix, Lamb, Muon, OptimizerSection, Sgd, Sgdw, Soap
 from pretrain.errors import ConfigError
 from pretrain.memory import Layout, checkpoint_bytes, host_memory, memory
 from pretrain.observe.metrics import read_metrics
@@ -84,6 +84,33 @@ def test_what_an_optimizer_cannot_do_is_refused_before_launch(tmp_path, monkeypa
     assert "engine.zero_stage" in text
     assert "engine.offload" in text
     assert "'lamb' works with 1 or 2" in text
+
+
+def decayed(world, roles):
+    """What is left of each role's weights after a step without gradient; 1 where nothing decays."""
+    from pretrain.engine.zero import StepStats
+
+    section = Sgdw(momentum=0.0, decayed_roles=roles)
+    engine = build(world, 2, section, micro=6)
+    before = [(f.role, f.master.clone()) for f in engine.fragments()]
+    engine.forward_backward(rows_of(0)[6 * world.rank : 6 * world.rank + 6], BATCH)
+    for fragment in engine.fragments():
+        fragment.gradient.zero_()
+    engine.step(StepPlan(BATCH, 0.1, 0.5, section.momenta, 1.0), StepStats(1.0, 1.0))
+    left = {}
+    for (role, master), fragment in zip(before, engine.fragments(), strict=True):
+        if master.abs().sum() > 0:  # biases begin at zero
+            left[role] = round((fragment.master.norm() / master.norm()).item(), 5)
+    return left
+
+
+@pytest.mark.parametrize("roles", [(), ("norm",), ("embedding", "matrix")])
+def test_the_roles_that_are_named_decay(roles):
+    left = run_ranks(2, decayed, roles)
+    found = left[0] | left[1]
+    assert found == {
+        role: 0.95 if role in roles else 1.0 for role in ("embedding", "matrix", "norm")
+    }
 
 
 def test_soap_stays_on_the_device(tmp_path):

@@ -72,6 +72,16 @@ def test_same_layout_is_bitwise(tmp_path, stage, precision, dropout):
     assert pieces == whole
 
 
+@pytest.mark.parametrize("name", ["schedulefree", "soap", "adafactor"])
+def test_states_of_other_kinds_are_bitwise_too(tmp_path, name):
+    """An average, whole matrices with their owners, rows and columns."""
+    path = write_config(tmp_path, optimizer={"name": name}, validation={})
+    whole = run_interrupted(path, "whole", [], [(2, [])])
+    pieces = run_interrupted(path, "pieces", [6], [(2, [])] * 2)
+    assert len(whole) == 23
+    assert pieces == whole
+
+
 def test_any_other_layout_goes_on_with_the_same_run(tmp_path):
     path = write_config(tmp_path)
     whole = run_interrupted(path, "whole", [], [(1, [])])
