@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -145,8 +144,7 @@ class Checkpoints:
         mine = {
             name: _digest(folder / name) for name in names[self._world.rank :: self._world.size]
         }
-        gathered: list[Any] = [None] * self._world.size
-        dist.all_gather_object(gathered, mine)
+        gathered = self._world.gather(mine)
         return dict(sorted(item for part in gathered for item in part.items()))
 
     def _verify(self, path: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -162,8 +160,7 @@ class Checkpoints:
                 found.append(f"{name}: {actual['bytes']} bytes, {files[name]['bytes']} were written"
                              if actual["bytes"] != files[name]["bytes"]
                              else f"{name}: its checksum differs from the one written")  # fmt: skip
-        gathered: list[Any] = [None] * self._world.size
-        dist.all_gather_object(gathered, found)
+        gathered = self._world.gather(found)
         if damage := [line for part in gathered for line in part]:
             raise CheckpointError(_damaged(path, "; ".join(damage)))
 

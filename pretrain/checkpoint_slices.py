@@ -83,7 +83,7 @@ def to_load(path: Path, engine: ZeroEngine) -> dict[str, Slice]:
     stepped = any(key.startswith("optimizer.") for key in saved)
     if stepped:
         engine.materialize_state()
-    averages = hasattr(engine.optimizer, "eval") and any(key.startswith(_TRAINED) for key in saved)
+    averages = engine.keeps_average and any(key.startswith(_TRAINED) for key in saved)
     kind = _TRAINED if averages else "master"
     entries = _optimizer_entries(engine) if stepped else {}
     entries |= {f"{kind}/{f.name}": _slice(f, f.master) for f in engine.fragments()}

@@ -33,6 +33,7 @@ class Facts:
     zero_stages: tuple[int, ...] = (1, 2, 3)
     precisions: tuple[str, ...] = ("bf16", "fp32")
     offload: bool = True
+    averages: bool = False  # trains at one point and is evaluated at another
 
 
 class OptimizerSection(Section):
@@ -173,7 +174,7 @@ class ScheduleFreeAdamW(OptimizerSection):
     """Schedule-Free AdamW: trains at y, is evaluated and saved at the average x. Takes a constant
     learning rate (with a warm-up) in place of a decaying one."""
 
-    facts = Facts("element-wise", 2, "Defazio et al., arXiv 2405.15682", 5e-3)
+    facts = Facts("element-wise", 2, "Defazio et al., arXiv 2405.15682", 5e-3, averages=True)
     name: Literal["schedulefree"] = "schedulefree"
     betas: Betas = Field((0.9, 0.95), description="the first interpolates between z and x")
     epsilon: PositiveNumber = 1e-8
@@ -184,7 +185,7 @@ class ScheduleFreeAdamW(OptimizerSection):
 class ScheduleFreeSgd(OptimizerSection):
     """Schedule-Free SGD; see `schedulefree`."""
 
-    facts = Facts("element-wise", 1, "Defazio et al., arXiv 2405.15682", 1.0)
+    facts = Facts("element-wise", 1, "Defazio et al., arXiv 2405.15682", 1.0, averages=True)
     name: Literal["schedulefree-sgd"] = "schedulefree-sgd"
     weight_decay: Rate = 0.0
     momentum: Fraction = Field(0.9, description="interpolates between z and x")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pretrain.config import BloomModel, Checkpoint, Data, Engine, HfModel, Observe, Validation
-from pretrain.config_optim import OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
+from pretrain.config_optim import OptimizerSection
 from pretrain.config_rates import InverseSqrt, MultiStep, OneCycle, Step
 from pretrain.config_recipe import (
     GrowingBatch,
@@ -184,7 +184,7 @@ def _momentum_rules(recipe: RecipeSection, optimizer: OptimizerSection) -> Itera
     cycles = isinstance(rate, OneCycle) and rate.cycle_momentum
     key = "recipe.learning_rate.cycle_momentum" if cycles else "recipe.momentum"
     changes = cycles or recipe.momentum is not None
-    if isinstance(optimizer, ScheduleFreeAdamW | ScheduleFreeSgd):
+    if optimizer.facts.averages:
         if optimizer.momenta[0] == 0:
             yield Problem("optimizer", optimizer.momenta, "Schedule-Free interpolates: its first "
                           "beta (or momentum) is above 0", "usual: 0.9")  # fmt: skip

@@ -6,7 +6,7 @@ What DeepSpeed 0.19.8 holds as `pretrain.engine` runs it was read off its reside
 
 from dataclasses import dataclass, field
 
-from pretrain.config_optim import AdamW, OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
+from pretrain.config_optim import AdamW, OptimizerSection
 from pretrain.sizes import ModelShape
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, Sync, sync_state_bytes
 
@@ -91,7 +91,7 @@ def host_memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
 
 def checkpoint_bytes(shape: ModelShape, optimizer: OptimizerSection) -> int:
     """Bytes of a checkpoint: fp32 masters, and their average if one is kept, and states."""
-    masters = 2 if isinstance(optimizer, ScheduleFreeAdamW | ScheduleFreeSgd) else 1
+    masters = 2 if optimizer.facts.averages else 1
     states = optimizer.state_numbers(shape.hidden_matrices, shape.others)
     return int(4 * (masters * shape.parameters + states))
 

@@ -223,7 +223,7 @@ def test_kill_9_at_twenty_moments(tmp_path):
         process = start_single(worker_quietly, [str(path), "name=tiny"])
         wait_for(lambda seen=newest_step: steps_on_disk(run) > seen, process)
         if kill % 2:
-            wait_for(lambda: any(folder.glob(".partial-*/*.distcp")), process)
+            wait_for(lambda: is_being_written(folder), process)
         else:
             time.sleep(chance.uniform(0, 0.2))
         process.kill()
@@ -253,6 +253,13 @@ def worker_quietly(arguments):
 def steps_on_disk(run):
     found = sorted((run / "checkpoints").glob("step-*"))
     return int(found[-1].name[5:]) if found else 0
+
+
+def is_being_written(folder):
+    try:
+        return any(folder.glob(".partial-*/*.distcp"))
+    except FileNotFoundError:  # it was committed while we looked
+        return False
 
 
 def wait_for(condition, process):

@@ -57,7 +57,7 @@ class FragmentMap:
         world: World,
         offload: bool,
     ) -> None:
-        self._zero, self._stage = zero, stage
+        self._zero, self._stage, self._device = zero, stage, world.device
         if offload:
             for master in self.masters:
                 # In place, for DeepSpeed keeps the tensor itself.
@@ -145,7 +145,8 @@ class FragmentMap:
         averaged = self._zero.averaged_gradients
         for group, gradients in averaged.items():
             if getattr(gradients, "flat_partition", None) is None:
-                flat = torch.zeros_like(self.masters[group])
+                # Where the ranks talk, which with offload is not where the masters are.
+                flat = torch.zeros(self.masters[group].shape, device=self._device)
                 sizes = [gradient.numel() for gradient in gradients]
                 views = list(flat.detach().narrow(0, 0, sum(sizes)).split(sizes))
                 torch._foreach_copy_(views, [gradient.reshape(-1) for gradient in gradients])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,9 +49,9 @@ class World:
         for tensor, part in zip(receive, incoming.split(lengths[0]), strict=True):
             tensor.copy_(part)
 
-    def gather(self, value: object) -> list[object]:
-        """A small value of each rank, by rank; for set-up only."""
-        values: list[object] = [value]
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of each rank, by rank; not for the hot path."""
+        values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
             dist.all_gather_object(values, value)

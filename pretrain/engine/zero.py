@@ -193,12 +193,17 @@ class ZeroEngine:
             "weight_decay": decays.pop(),
         }
 
+    @property
+    def keeps_average(self) -> bool:
+        """Whether what is evaluated and exported is an average, not the weights of training."""
+        return hasattr(self.optimizer, "eval")
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, masters and model hold the weights that are evaluated and exported: the average
         where the optimizer keeps one, else those of training. Afterwards all is as before, bit by
         bit. Collective."""
-        if not hasattr(self.optimizer, "eval"):
+        if not self.keeps_average:
             yield
             return
         trained = [master.detach().clone() for master in self._map.masters]
@@ -271,7 +276,7 @@ class ZeroEngine:
         """For each fragment its master and, where the optimizer keeps one, a copy of the average;
         collective."""
         trained = [fragment.master for fragment in self.fragments()]
-        if not hasattr(self.optimizer, "eval"):
+        if not self.keeps_average:
             return [(master, None) for master in trained]
         with self.averaged():
             return [(master, master.clone()) for master in trained]

@@ -161,7 +161,7 @@ class _Runner:
                 found = read_outcome(config, self._identity)
             except UserError as error:
                 found = UserError(str(error))  # of a class that survives the way to other ranks
-        found = self._world.gather(found)[0]  # type: ignore[assignment]
+        found = self._world.gather(found)[0]
         if isinstance(found, UserError):
             raise found
         return found

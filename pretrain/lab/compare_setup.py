@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.config_file import load, validate
-from pretrain.config_optim import OptimizerSection, ScheduleFreeAdamW, ScheduleFreeSgd
+from pretrain.config_optim import OptimizerSection
 from pretrain.config_rules import CHECKS
 from pretrain.errors import ConfigError, Problem
 from pretrain.lab.compare_arguments import GRAMMAR
@@ -45,7 +45,7 @@ class Entry:
     @property
     def schedule_free(self) -> bool:
         """Whether the method takes a constant rate in place of the recipe's shape."""
-        return isinstance(self.section, ScheduleFreeAdamW | ScheduleFreeSgd)
+        return self.section.facts.averages
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.config_optim import Adafactor as AdafactorConfig
 from pretrain.optim import rules
 from pretrain.optim.base import ShardedOptimizer
-from pretrain.optim.kernels import apply
+from pretrain.optim.kernels import apply_to_all
 from pretrain.optim.shards import Place, Shards
 
 _HOST_BLOCK_ELEMENTS = 2**18  # a block stays in the cache
@@ -97,11 +97,11 @@ class Adafactor(ShardedOptimizer):
 
     def _move(self, master: Tensor, keep: float, steps: Tensor) -> None:
         """p <- keep p - step u, with the step of each parameter; padding is left alone."""
-        for place in self.shards.buffers[master]:
-            span = (0, place.offset, place.length)
-            stretch = [master.detach().narrow(*span), master.grad.narrow(*span)]
-            step = steps[self.shards.numbers[place.name]]
-            apply(rules.decay_and_subtract, stretch, (keep, step), (0,))
+        own = steps[self.shards.indices[master].to(steps.device)].unbind()
+        views = (self.shards.views(master, flat) for flat in (master.detach(), master.grad))
+        stretches = zip(*views, strict=True)
+        jobs = [(stretch, (keep, step)) for stretch, step in zip(stretches, own, strict=True)]
+        apply_to_all(rules.decay_and_subtract, jobs, (0,))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class _Layout:
     def __init__(self, shards: Shards) -> None:
         mine = [(place.name, tuple(place.shape), place.role) for place in shards.places]
         everyone = shards.ranks.gather(mine)
-        found = {name: (shape, role) for pieces in everyone for name, shape, role in pieces}  # type: ignore[attr-defined]
+        found = {name: (shape, role) for pieces in everyone for name, shape, role in pieces}
         first, sizes = shards.masters[0], [1] * len(shards.numbers)
         self.spans: dict[str, tuple[int, int, int]] = {}
         divisors = []

@@ -26,13 +26,12 @@ class LayerwiseOptimizer(ShardedOptimizer):
     def update(self, groups: list[dict[str, Any]]) -> None:
         """Directions, norms of all parameters together, then the step of each."""
         shards = self.shards
-        squares = torch.zeros(2, len(shards.numbers), dtype=torch.float64)
-        squares = squares.to(shards.ranks.device)
-        for group in groups:
-            for master in group["params"]:
-                own = shards.indices[master]
-                squares[:, own] += self.measure(self._stretches(master), group).to(squares).T
-        weights, updates = shards.ranks.sum(squares).sqrt()
+        squares = {
+            master: self.measure(self._stretches(master), group)
+            for group in groups
+            for master in group["params"]
+        }
+        weights, updates = shards.total(squares, 2).sqrt()
         self.ratios = torch.ones_like(weights)
         for group in groups:
             if self.adapts(group):

@@ -28,7 +28,7 @@ class WholeMatrices:
         # By parameter: the (start, length) of each rank.
         self._parts: dict[str, dict[int, tuple[int, int]]] = {}
         for rank, pieces in enumerate(everyone):
-            for name, shape, start, length in pieces:  # type: ignore[attr-defined]
+            for name, shape, start, length in pieces:
                 self._shapes[name] = torch.Size(shape)
                 self._parts.setdefault(name, {})[rank] = (start, length)
         self._rounds = self._deal()

@@ -7,7 +7,7 @@ find in `places` which parameter each stretch belongs to, and talk to the ranks 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ class Ranks(Protocol):
         """The 1-D tensor `send[r]` to each rank r; fill `receive` with what the ranks send."""
         ...
 
-    def gather(self, value: object) -> list[object]:
-        """A small value of each rank, by rank; for set-up only."""
+    def gather(self, value: Any) -> list[Any]:
+        """A small value of each rank, by rank; not for the hot path."""
         ...
 
 
@@ -91,22 +91,27 @@ class Shards:
     def square_norms(self, flats: dict[Tensor, Sequence[Tensor]]) -> Tensor:
         """Squared L2 norms of whole parameters, exact whatever the shards.
 
-        `flats` has for some masters k flat tensors of the same layout. Returns float64 of shape
-        (k, number of parameters), 0 for parameters elsewhere, by one all-reduce.
+        `flats` has for some masters the same number k > 0 of flat tensors laid out like them.
+        Returns float64 of shape (k, parameters), 0 where a parameter is in none, by one all-reduce.
         """
-        kinds = max((len(tensors) for tensors in flats.values()), default=0)
-        squares = torch.zeros(kinds, len(self.numbers), dtype=torch.float64)
-        squares = squares.to(self.ranks.device)
-        for master, tensors in flats.items():
-            places = self.buffers[master]
-            if not places:
-                continue
-            index = self.indices[master]
-            for kind, flat in enumerate(tensors):
-                norms = torch.stack(torch._foreach_norm(self.views(master, flat)))
-                # A parameter lies in a buffer once, so this is a plain, deterministic write.
-                squares[kind, index] += norms.to(squares).square()
-        return self.ranks.sum(squares)
+        found = {
+            master: torch.stack(
+                [torch.stack(torch._foreach_norm(self.views(master, flat))) for flat in tensors], 1
+            ).double().square()
+            for master, tensors in flats.items()
+            if self.buffers[master]
+        }  # fmt: skip
+        return self.total(found, len(next(iter(flats.values()))))
+
+    def total(self, found: dict[Tensor, Tensor], kinds: int) -> Tensor:
+        """Sums over fragments and ranks, by one all-reduce: `found` has for some masters a number
+        of each kind for each of its fragments, (fragments, kinds). Returns float64 of shape (kinds,
+        parameters)."""
+        sums = torch.zeros(kinds, len(self.numbers), dtype=torch.float64, device=self.ranks.device)
+        for master, numbers in found.items():
+            # A parameter lies in a buffer once, so this is a plain, deterministic write.
+            sums[:, self.indices[master]] += numbers.to(sums).T
+        return self.ranks.sum(sums)
 
     @cached_property
     def indices(self) -> dict[Tensor, Tensor]:
