@@ -2,26 +2,47 @@
 
 The environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as set by torchrun,
 deepspeed and accelerate alike; without it the run has one rank.
+
+The ranks form a mesh of two axes, as in PyTorch's HSDP: consecutive ranks are a *shard group*, over
+which ZeRO spreads one replica of the model; the ranks with the same place in every shard group hold
+the same shard and are its *replicas*.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pretrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
-    """This rank's place in the run."""
+    """Some ranks that talk, and the place of this one among them: a whole run, or one axis of its
+    mesh. `group` is their process group, None that of all ranks; `device` is where it talks from.
+    """
 
     rank: int
     size: int
     device: torch.device
+    group: Any = None
+    _shard: "World | None" = field(default=None, repr=False)
+    _replicas: "World | None" = field(default=None, repr=False)
+
+    @property
+    def shard(self) -> "World":
+        """The ranks that hold one replica together."""
+        return self._shard or self
+
+    @property
+    def replicas(self) -> "World":
+        """The ranks that hold the same shard, one in each replica."""
+        return self._replicas or World(0, 1, self.device)
 
     @property
     def is_first(self) -> bool:
@@ -31,7 +52,7 @@ class World:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` summed over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def exchange(self, send: list[torch.Tensor], receive: list[torch.Tensor]) -> None:
@@ -45,22 +66,65 @@ class World:
         outgoing = torch.cat([tensor.to(self.device) for tensor in send])
         incoming = outgoing.new_empty(sum(tensor.numel() for tensor in receive))
         lengths = [[tensor.numel() for tensor in tensors] for tensors in (receive, send)]
-        dist.all_to_all_single(incoming, outgoing, *lengths)
+        dist.all_to_all_single(incoming, outgoing, *lengths, group=self.group)
         for tensor, part in zip(receive, incoming.split(lengths[0]), strict=True):
             tensor.copy_(part)
+
+    def transpose(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Row r of `tensor` (size, n) to rank r; what they send, in a tensor of the same shape."""
+        if self.size == 1:
+            return tensor
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor.contiguous(), group=self.group)
+        return received
+
+    def collect(self, row: torch.Tensor) -> torch.Tensor:
+        """The 1-D `row` of each rank, as a tensor (size, n)."""
+        if self.size == 1:
+            return row[None]
+        rows = row.new_empty(self.size, row.numel())
+        dist.all_gather_into_tensor(rows.view(-1), row.contiguous(), group=self.group)
+        return rows
 
     def gather(self, value: Any) -> list[Any]:
         """A small value of each rank, by rank; not for the hot path."""
         values: list[Any] = [value]
         if self.size > 1:
             values = [None] * self.size
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+
+def split_world(world: World, shard_ranks: int | None, on_host: bool = False) -> World:
+    """`world` with its mesh: shard groups of `shard_ranks` consecutive ranks (None: one group of
+    all). With `on_host` replicas talk from host memory, over gloo, whatever the devices. Collective.
+
+    Raises UserError where the ranks cannot be dealt evenly.
+    """
+    shards = shard_ranks or world.size
+    if world.size % shards:
+        raise UserError(
+            f"mesh.shard_ranks = {shards}: the run has {world.size} ranks\n"
+            "  rule: shard groups are of equal size\n"
+            f"  cure: a divisor of {world.size}, or start a multiple of {shards} ranks"
+        )
+    if shards == world.size:
+        return world
+    groups = [list(range(first, first + shards)) for first in range(0, world.size, shards)]
+    lines = [list(range(place, world.size, shards)) for place in range(shards)]
+    shard, _ = dist.new_subgroups_by_enumeration(groups)
+    replicas, _ = dist.new_subgroups_by_enumeration(lines, backend="gloo" if on_host else None)
+    device = torch.device("cpu") if on_host else world.device
+    return replace(
+        world,
+        _shard=World(world.rank % shards, shards, world.device, shard),
+        _replicas=World(world.rank // shards, len(groups), device, replicas),
+    )
 
 
 @contextmanager
@@ -80,9 +144,11 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         _share_cores()
     store = dist.HashStore() if size == 1 else None
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
-    )
+    timeout = timedelta(seconds=timeout_seconds)
+    # Groups made later, by DeepSpeed too, would wait torch's 30 minutes whatever was asked for.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         world = World(rank, size, device)
         yield world
