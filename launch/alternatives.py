@@ -6,9 +6,10 @@ from itertools import product
 
 from launch.plan import Plan
 from pretrain.config import Config
+from pretrain.config_sync import SyncSection
+from pretrain.config_sync import parse_sync as read_sync
 from pretrain.errors import UserError
 from pretrain.quantities import human_bytes
-from pretrain.wire import Sync
 
 _MOST = 64
 _SHORT = {"zero.stage": "engine.zero_stage", "zero_stage": "engine.zero_stage",
@@ -56,26 +57,34 @@ def compare(plan: Plan, choices: list[str], load: Callable[[list[str]], Config])
 
 def _changed(plan: Plan, choice: dict[str, str], load: Callable[[list[str]], Config]) -> Plan:
     assert plan.cluster is not None
-    overrides = []
+    overrides = [
+        f"{_SHORT.get(key, key)}={value}"
+        for key, value in choice.items()
+        if key not in ("sync", "shard_ranks", "nodes")
+    ]
+    if overrides:
+        config, before = load(overrides), plan.config
+        for section in ("mesh", "sync"):  # what the plan was asked for beside its config
+            if not any(text.startswith(f"{section}.") for text in overrides):
+                config = config.model_copy(update={section: getattr(before, section)})
+        plan = replace(plan, config=config)
     # Without shard_ranks a sync method is between nodes, so how many ranks they have comes first.
     for key, value in sorted(choice.items(), key=lambda item: item[0] == "sync"):
         if key == "sync":
             plan = plan.with_replicas(
-                plan.shard_ranks or plan.cluster.devices_per_node, parse_sync(value)
+                plan.config.mesh.shard_ranks or plan.cluster.devices_per_node, parse_sync(value)
             )
         elif key == "shard_ranks":
-            plan = replace(plan, shard_ranks=whole_number(key, value))
+            plan = plan.with_replicas(whole_number(key, value), plan.config.sync)
         elif key == "nodes":
             plan = plan.with_nodes(whole_number(key, value))
-        else:
-            overrides.append(f"{_SHORT.get(key, key)}={value}")
-    return replace(plan, config=load(overrides)) if overrides else plan
+    return plan
 
 
-def parse_sync(text: str) -> Sync:
-    """`Sync.parse` for users."""
+def parse_sync(text: str) -> SyncSection:
+    """A method between replicas, for users."""
     try:
-        return Sync.parse(text)
+        return read_sync(text)
     except ValueError as error:
         raise UserError(
             f"sync = {error}\n  rule: a known method\n  cure: for example powersgd:4"

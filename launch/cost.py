@@ -92,7 +92,8 @@ def step_cost(shape: ModelShape, layout: Layout, cluster: Cluster, batch_samples
         group = Group(layout.replicas, cluster.devices_per_node, consecutive=False)
         sent = sync_bytes(layout.sync, shape, layout.zero_stage, layout.shards, layout.replicas)
         once = (layout.replicas - 1) / layout.replicas
-        sync = group.seconds(cluster, sent / once, 2 / layout.sync.every_steps, layout.shards)
+        messages = 2 / getattr(layout.sync, "every_steps", 1)
+        sync = group.seconds(cluster, sent / once, messages, layout.shards)
     return StepCost(compute, optimizer, zero, sync, 1 - batch_samples / (rows * layout.ranks))
 
 

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from launch.clusters import Cluster
 from launch.cost import StepCost, step_cost
 from pretrain.config import BloomModel, Config
+from pretrain.config_sync import SyncSection
 from pretrain.errors import UserError
 from pretrain.memory import Layout, checkpoint_bytes, initial_bytes, memory
 from pretrain.quantities import Horizon
@@ -19,7 +20,7 @@ from pretrain.sizes import (
     model_flops_per_token,
     shape_of,
 )
-from pretrain.wire import Sync, sync_bytes
+from pretrain.wire import sync_bytes
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class Plan:
 
     config: Config
     cluster: Cluster | None = None
-    shard_ranks: int = 0  # 0: all ranks are one shard group
-    sync: Sync = field(default_factory=Sync)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -95,9 +94,10 @@ class Plan:
         """What a token needs, without recomputation."""
         return model_flops_per_token(self.shape, self.length)
 
-    def with_replicas(self, shard_ranks: int, sync: Sync) -> "Plan":
+    def with_replicas(self, shard_ranks: int | None, sync: SyncSection) -> "Plan":
         """The same run with replicas of `shard_ranks` ranks."""
-        return self._variant(shard_ranks=shard_ranks, sync=sync)
+        mesh = self.config.mesh.model_copy(update={"shard_ranks": shard_ranks})
+        return self._variant(config=self.config.model_copy(update={"mesh": mesh, "sync": sync}))
 
     def with_nodes(self, nodes: int) -> "Plan":
         """The same run on another number of nodes."""
@@ -121,10 +121,10 @@ class Plan:
         """How the run is spread over the cluster; UserError where groups do not fit."""
         assert self.cluster is not None, "only a cluster has a layout"
         engine, ranks = self.config.engine, self.cluster.devices
-        shards = self.shard_ranks or ranks
+        shards = self.config.mesh.shard_ranks or ranks
         if ranks % shards:
             raise UserError(
-                f"shard_ranks = {shards}: does not divide the {ranks} ranks\n"
+                f"mesh.shard_ranks = {shards}: does not divide the {ranks} ranks\n"
                 "  rule: replicas are alike, so ranks = replicas x shard_ranks\n"
                 f"  cure: choose a divisor, for example {math.gcd(ranks, shards)}"
             )
@@ -142,7 +142,7 @@ class Plan:
             optimizer=self.config.optimizer,
             offload=engine.offload == "cpu",
             shard_ranks=shards,
-            sync=self.sync,
+            sync=self.config.sync,
             on_cpu=self.cluster.device.shared_cores,
         )
 
@@ -308,7 +308,9 @@ class Plan:
     def sent_bytes(self) -> float:
         """Bytes that a rank sends to other replicas in a step."""
         layout = self.layout
-        return sync_bytes(self.sync, self.shape, layout.zero_stage, layout.shards, layout.replicas)
+        return sync_bytes(
+            layout.sync, self.shape, layout.zero_stage, layout.shards, layout.replicas
+        )
 
     def bill(self) -> dict[str, float]:
         """Device hours and, where the profile knows them, energy, price and carbon."""

@@ -75,10 +75,12 @@ def make_plan(config: "Config", options: argparse.Namespace) -> "Plan":
             )
         return Plan(config)
     cluster = _resize(load_cluster(options.cluster), options.nodes, options.ranks)
-    shards = options.shard_ranks or 0
-    if options.sync and not shards:
-        shards = cluster.devices_per_node
-    return Plan(config, cluster, shards, parse_sync(options.sync or "allreduce"))
+    plan, shards = Plan(config, cluster), options.shard_ranks or config.mesh.shard_ranks
+    if options.sync:
+        return plan.with_replicas(shards or cluster.devices_per_node, parse_sync(options.sync))
+    if getattr(config.sync, "coordinator", None):  # a launch is a replica
+        shards = cluster.devices // config.sync.replicas
+    return plan.with_replicas(shards, config.sync)
 
 
 def _resize(cluster: "Cluster", nodes: int | None, ranks: int | None) -> "Cluster":

@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 from launch.plan import Plan, PlannedStage
+from pretrain.config_sync import parse_sync
 from pretrain.memory import host_memory
 from pretrain.quantities import human_bytes, human_count, human_seconds
-from pretrain.wire import Sync
 
 _ROWS = 12  # of the timeline, unless all are asked for
 _METHODS = ("allreduce", "powersgd", "int8", "int4", "diloco:50", "diloco:50:int4", "localsgd:30")
@@ -183,7 +183,7 @@ def _time(plan: Plan) -> str:
         f"Time and cost (nothing is taken to overlap: {plan.cluster.name}'s worst case)",
         f"  step of {last.batch_samples} samples: {cost.seconds:.4g} s = {cost.compute:.4g} "
         f"computing + {cost.optimizer:.3g} optimizer + {cost.zero_communication:.4g} ZeRO's "
-        f"communication" + (f" + {cost.sync_communication:.4g} {plan.sync.method}"
+        f"communication" + (f" + {cost.sync_communication:.4g} {plan.layout.sync.method}"
                             if plan.layout.replicas > 1 else ""),
         f"  speed of a device: {plan.device_tflops(last):.3g} TFLOPs; with the first batch of "
         f"{first.batch_samples}: {plan.device_tflops(first):.3g}",
@@ -204,11 +204,11 @@ def _sync(plan: Plan) -> str:
     if plan.cluster.devices == shards:
         return ""
     lines = [
-        f"Between replicas of {shards} ranks, by method (planned only: training has one replica)",
+        f"Between replicas of {shards} ranks, by method",
         f"  {'method':<18}{'sent a step':>13}{'sync s':>9}{'step s':>9}{'days':>8}{'fits':>6}",
     ]
     for text in _METHODS:
-        other = plan.with_replicas(shards, Sync.parse(text))
+        other = plan.with_replicas(shards, parse_sync(text))
         lines.append(
             f"  {text:<18}{human_bytes(other.sent_bytes):>13}"
             f"{other.final_cost.sync_communication:>9.3g}{other.final_cost.seconds:>9.4g}"

@@ -87,7 +87,8 @@ class Checkpoints:
         return found[-1] if found else None
 
     def save(self, clock: Clock, engine: ZeroEngine, parts: dict[str, Stateful]) -> Path:
-        """Write a checkpoint and commit it; collective."""
+        """Write a checkpoint and commit it; collective. Replicas are compared first."""
+        engine.sync.check(clock)
         target = self.directory / f"step-{clock.step:07d}"
         partial = self.directory / f".partial-{target.name}"
         if self._world.is_first:
@@ -129,7 +130,9 @@ class Checkpoints:
         state = read_state(path)
         _compare_facts(path, state["facts"], self._facts(Clock(**state["clock"])))
         self._verify(path, state["files"])
-        dcp.load(to_load(path, engine), checkpoint_id=path)
+        entries, finish = to_load(path, engine)
+        dcp.load(entries, checkpoint_id=path)
+        finish()
         engine.loaded(state["optimizer_scalars"])
         for name, part in parts.items():
             if name in state["parts"]:

@@ -21,6 +21,7 @@ from pretrain.config_base import (
 )
 from pretrain.config_optim import AdamW, Optimizer
 from pretrain.config_recipe import Constants, RecipeSection, build_recipe
+from pretrain.config_sync import AllReduce, Mesh, Sync
 from pretrain.quantities import Duration, Horizon
 from pretrain.recipe import Recipe
 
@@ -261,6 +262,8 @@ class Config(Section):
     recipe: RecipeSection
     optimizer: Optimizer = AdamW()
     engine: Engine = Engine()
+    mesh: Mesh = Mesh()
+    sync: Sync = AllReduce()
     checkpoint: Checkpoint = Checkpoint()
     validation: Validation = Validation()
     guard: Guard = Guard()

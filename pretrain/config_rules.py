@@ -14,6 +14,7 @@ from pretrain.config_recipe import (
     horizons,
     recipe_axis,
 )
+from pretrain.config_sync import DiLoCo, Mesh, OuterSection, SyncSection
 from pretrain.errors import Problem
 
 # The sections that a check needs, and the check.
@@ -176,6 +177,41 @@ def _compatibility_rules(optimizer: OptimizerSection, engine: Engine) -> Iterato
         if found not in allowed:
             yield Problem(f"engine.{key}", found, f"optimizer.name = {name!r} works with "
                           f"{' or '.join(map(str, allowed))}", f"use {allowed[0]}")  # fmt: skip
+
+
+@_check("sync", "mesh", "optimizer", "start")
+def _sync_rules(
+    sync: SyncSection, mesh: Mesh, optimizer: OptimizerSection, start: str
+) -> Iterator[Problem]:
+    begins = getattr(sync, "start", None)
+    if begins is not None and begins.unit in ("steps", "epochs"):
+        yield Problem("sync.start", str(begins), "tokens or samples: the clock is tokens",
+                      "for example '1B tokens'")  # fmt: skip
+    if mesh.check_every and (mesh.check_every.value == 0 or mesh.check_every.unit == "epochs"):
+        yield Problem("mesh.check_every", str(mesh.check_every), "steps, samples or tokens, "
+                      "greater than 0", "for example '100 steps'")  # fmt: skip
+    if not isinstance(sync, OuterSection):
+        return
+    if sync.coordinator and mesh.shard_ranks:
+        yield Problem("mesh.shard_ranks", mesh.shard_ranks, "with sync.coordinator each launch is "
+                      "one replica, of all its ranks", "remove one of the two")  # fmt: skip
+    if sync.coordinator and start == "fresh":
+        yield Problem("start", start, "with sync.coordinator no replica may move the folder that "
+                      "others write to", "move it by hand, or choose another name")  # fmt: skip
+    if isinstance(sync, DiLoCo):
+        yield from _streaming_rules(sync, optimizer)
+
+
+def _streaming_rules(sync: DiLoCo, optimizer: OptimizerSection) -> Iterator[Problem]:
+    if sync.parts > sync.every_steps:
+        yield Problem("sync.parts", sync.parts, "each has a step of its own: at most "
+                      f"every_steps = {sync.every_steps}", "use fewer parts")  # fmt: skip
+    elif sync.delay_steps > (most := sync.every_steps // sync.parts):
+        yield Problem("sync.delay_steps", sync.delay_steps, "one part is under way at a time: at "
+                      f"most every_steps / parts = {most}", "use fewer")  # fmt: skip
+    if optimizer.facts.averages and (sync.parts > 1 or sync.delay_steps or sync.mix):
+        yield Problem("sync.parts", sync.parts, "Schedule-Free's average cannot be streamed",
+                      "parts = 1, delay_steps = 0, no mix")  # fmt: skip
 
 
 @_check("recipe", "optimizer")

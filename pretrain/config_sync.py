@@ -137,7 +137,7 @@ class DiLoCo(OuterSection):
     mix: Fraction = Field(
         0.0,
         description="streaming: weight that a replica's own parameters keep when an outer step "
-        "arrives (the paper: 0.5)",
+        "arrives (the paper, which delays it: 0.5)",
     )
 
     @property

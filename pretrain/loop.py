@@ -10,7 +10,8 @@ from pretrain.config import Validation
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.data.permutation import derive_key
-from pretrain.engine.zero import ZeroEngine, rows_of_rank
+from pretrain.engine.world import rows_of_rank
+from pretrain.engine.zero import ZeroEngine
 from pretrain.guard import Guard
 from pretrain.observe.observers import Observers
 from pretrain.recipe import Clock, Recipe
@@ -30,6 +31,12 @@ class Run:
     validate: "Validator"
 
     @property
+    def saves(self) -> bool:
+        """Whether this rank has a part in saving: all ranks of a launch have, or of several
+        launches those of the first replica."""
+        return self.engine.sync.leads or self.engine.world.replicas.size > 1
+
+    @property
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds besides model, optimizer and clock."""
         return {"guard": self.guard, "observers": self.observers}
@@ -38,13 +45,14 @@ class Run:
 def train(run: Run, clock: Clock) -> Clock:
     """Train from `clock` to the end of the recipe."""
     recipe, engine, saved_at = run.recipe, run.engine, clock
-    if clock.step == 0:
+    if clock.step == 0 and engine.sync.leads:
         run.observers.begin(clock, run.validate(engine))
     while not recipe.done(clock):
         began = time.perf_counter()
         plan = recipe.at(clock)
-        seed_step(run.seed, clock, engine.world.rank)
-        stats = engine.forward_backward(run.loader.batch(clock, plan), plan.batch_samples)
+        seed_step(run.seed, clock, engine.sync.ranks.rank)
+        rows = run.loader.batch(clock, plan)
+        stats = engine.forward_backward(rows, plan.batch_samples, clock)
         verdict = run.guard.judge(clock, stats)
         before, clock, parameters = clock, recipe.after(clock, plan), None
         if verdict.apply:
@@ -53,14 +61,17 @@ def train(run: Run, clock: Clock) -> Clock:
                 raise RuntimeError(f"step {clock.step}: applied {engine.applied()}, not {plan}")
         else:
             engine.discard()
+        clock = engine.sync.stepped(clock)
         seconds = time.perf_counter() - began
-        loss = run.validate(engine) if run.validate.due(before, clock, recipe) else None
-        run.observers.record(clock, plan, stats, verdict, seconds, loss)
+        leads, loss = engine.sync.leads, None
+        if leads and run.validate.due(before, clock, recipe):
+            loss = run.validate(engine)
+        run.observers.record(clock, plan, stats, verdict, seconds, loss, engine.sync)
         run.observers.record_parameters(clock, parameters)
-        if run.checkpoints.due(before, clock):
+        if run.saves and run.checkpoints.due(before, clock):
             run.checkpoints.save(clock, engine, run.parts)
             saved_at = clock
-    if saved_at != clock:
+    if run.saves and saved_at != clock:
         run.checkpoints.save(clock, engine, run.parts)
     return clock
 
@@ -85,6 +96,6 @@ class Validator:
         """The loss in nats; None where nothing is held out."""
         if self._corpus is None:
             return None
-        first, end = rows_of_rank(self._config.samples, engine.world)
+        first, end = rows_of_rank(self._config.samples, engine.sync.together)
         rows = torch.from_numpy(self._corpus.batch(first, end - first))
         return engine.evaluate(rows, self._config.samples)

@@ -7,8 +7,9 @@ What DeepSpeed 0.19.8 holds as `pretrain.engine` runs it was read off its reside
 from dataclasses import dataclass, field
 
 from pretrain.config_optim import AdamW, OptimizerSection
+from pretrain.config_sync import AllReduce, SyncSection
 from pretrain.sizes import ModelShape
-from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, Sync, sync_state_bytes
+from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, sync_state_bytes
 
 # Upper bound of one slice of fp32 logits. A slice reads and writes the whole fp32 gradient of the
 # weight once, so an accelerator, which multiplies far faster than it reads, wants more rows.
@@ -33,7 +34,7 @@ class Layout:
     optimizer: OptimizerSection = field(default_factory=AdamW)
     offload: bool = False
     shard_ranks: int = 0  # 0: all ranks are one shard group
-    sync: Sync = field(default_factory=Sync)
+    sync: SyncSection = field(default_factory=AllReduce)
     on_cpu: bool = False
 
     @property
@@ -64,7 +65,8 @@ def memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
     if third:
         # Layers are gathered as they are needed and stay until LIVE_ELEMENTS are exceeded.
         parts["gathered weights"] = width * min(count, max(LIVE_ELEMENTS, shape.largest_matrix))
-    if layout.replicas > 1:
+    # Outer weights lie in the host's memory, wherever the masters are.
+    if layout.replicas > 1 and (layout.sync.facts.every_step or layout.on_cpu):
         parts["replica sync"] = sync_state_bytes(layout.sync, count, shards)
     # Activations shrink during the backward pass while buckets fill, and in stage 1 gradients are
     # reduced once a step, when both activations and logits are gone: the larger side counts.

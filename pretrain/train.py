@@ -19,8 +19,9 @@ from pretrain.config_file import differences, load, read_toml
 from pretrain.config_optim import OwnOptimizer
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
-from pretrain.engine.world import World, join_world
-from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
+from pretrain.engine.deepspeed_setup import sharded_construction
+from pretrain.engine.world import World, join_world, rows_of_rank, split_world
+from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
@@ -32,6 +33,7 @@ from pretrain.observe.throughput import flops_per_token, measure_peak_flops
 from pretrain.optim.own import check_own
 from pretrain.quantities import human_count
 from pretrain.recipe import Clock
+from pretrain.sync.registry import build_sync, members_of
 
 _FIRST_LOOK_SAMPLES = 16
 
@@ -60,6 +62,9 @@ def train_run(config: Config, world: World) -> Clock:
     recipe = config.build_recipe()
     if isinstance(config.optimizer, OwnOptimizer):
         check_own(config.optimizer)
+    # Replicas that meet seldom talk over slow links, where gloo's patience is what is wanted.
+    world = split_world(world, config.mesh.shard_ranks, not config.sync.facts.every_step)
+    members = members_of(config, world)
     corpus, held_out = open_data(config, world)
     run_directory = config.run_directory
     checkpoints = checkpoints_of(config, corpus, world)
@@ -80,7 +85,7 @@ def train_run(config: Config, world: World) -> Clock:
         config.observe,
         recipe,
         run_directory,
-        speaks=world.is_first,
+        speaks=lambda: world.is_first and engine.sync.leads,
         flops_per_token=flops_per_token(config.model, parameters, config.data.sequence_length),
         peak_flops=_peak_flops(config, world),
     )
@@ -88,23 +93,26 @@ def train_run(config: Config, world: World) -> Clock:
         seed=config.seed,
         recipe=recipe,
         engine=engine,
-        loader=Loader(corpus, recipe, lambda batch: rows_of_rank(batch, world)),
+        loader=Loader(corpus, recipe, lambda batch: rows_of_rank(batch, engine.sync.ranks)),
         guard=Guard(config.guard),
         observers=observers,
         checkpoints=checkpoints,
         validate=Validator(held_out, config.validation),
     )
+    engine.sync = build_sync(config, engine, members, run.parts)
     clock = checkpoints.load(newest, engine, run.parts) if newest else Clock()
     if world.is_first:
         _announce(config, world, parameters, corpus, clock, newest)
         _save_config(config)
     if recipe.done(clock):
         return clock
-    observers.open(clock)
     try:
+        clock = engine.sync.begin(clock)
+        observers.open(clock)
         clock = train(run, clock)
     finally:
         observers.close()
+        engine.sync.close()
     if world.is_first:
         print(f"done: step {clock.step}, {human_count(clock.tokens)} tokens -> {run_directory}")
     return clock

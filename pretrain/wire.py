@@ -7,6 +7,7 @@ and all-reduce by twice that.
 
 from dataclasses import dataclass
 
+from pretrain.config_sync import OuterSection, PowerSgd, SyncSection
 from pretrain.sizes import ModelShape
 
 BUCKET_ELEMENTS = 50_000_000  # of a communication bucket; DeepSpeed's 5e8 would reserve 2 GB
@@ -14,61 +15,26 @@ LIVE_ELEMENTS = 1_000_000_000  # weights that ZeRO 3 may keep gathered
 SCALE_BLOCK = 256  # elements that share an fp32 scale in quantised messages
 
 
-@dataclass(frozen=True)
-class Sync:
-    """How replicas are kept together: "allreduce", "powersgd" (rank), "int8", "int4", or every
-    `every_steps` "diloco" (outer gradients of `bits`) and "localsgd"."""
-
-    method: str = "allreduce"
-    rank: int = 4
-    every_steps: int = 1
-    bits: int = 32
-
-    @classmethod
-    def parse(cls, text: str) -> "Sync":
-        """Read "allreduce:bf16", "powersgd:2", "int8", "diloco:50", "diloco:50:int4", "localsgd:9".
-
-        Raises ValueError with the rule.
-        """
-        method, *options = text.split(":")
-        bits = {"int4": 4, "int8": 8, "bf16": 16, "fp32": 32}
-        try:
-            if method == "powersgd" and len(options) <= 1:
-                return cls(method, rank=_positive(*options or ["4"]))
-            if method == "allreduce" and len(options) <= 1:
-                return cls(method, bits={"bf16": 16, "fp32": 32}[(options or ["fp32"])[0]])
-            if method in ("int8", "int4") and not options:
-                return cls(method, bits=bits[method])
-            if method == "localsgd" and len(options) <= 1:
-                return cls(method, every_steps=_positive(*options or ["30"]))
-            if method == "diloco" and len(options) <= 2:
-                steps, width = [*options, *["50", "fp32"][len(options) :]]
-                return cls(method, every_steps=_positive(steps), bits=bits[width])
-        except (KeyError, ValueError):
-            pass
-        raise ValueError(
-            f"{text!r}: one of allreduce[:bf16], powersgd[:RANK], int8, int4, "
-            "diloco[:STEPS[:int8|int4]], localsgd[:STEPS]"
-        )
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError(text)
-    return value
-
-
-def sync_bytes(sync: Sync, shape: ModelShape, zero_stage: int, shards: int, replicas: int) -> float:
+def sync_bytes(
+    sync: SyncSection, shape: ModelShape, zero_stage: int, shards: int, replicas: int
+) -> float:
     """Bytes that a rank sends to other replicas in a step, on average over steps."""
     if replicas == 1:
         return 0.0
     once = (replicas - 1) / replicas
     elements = shape.parameters / shards
-    if sync.method == "powersgd":
-        return 2 * once * 4 * powersgd_elements(sync.rank, shape, zero_stage, shards)
-    quantised = sync.bits < 16
-    width = sync.bits / 8 + (4 / SCALE_BLOCK if quantised else 0)
-    return 2 * once * elements * width / sync.every_steps
+    if isinstance(sync, PowerSgd):
+        sent = powersgd_elements(sync.rank, shape, zero_stage, shards, sync.min_compression)
+        return 2 * once * 4 * sent
+    bits, every = sync_bits(sync), getattr(sync, "every_steps", 1)
+    width = bits / 8 + (4 / SCALE_BLOCK if bits < 16 else 0)
+    return 2 * once * elements * width / every
+
+
+def sync_bits(sync: SyncSection) -> int:
+    """Of a number on the wire."""
+    bits: int = getattr(sync, "bits", 16 if getattr(sync, "precision", "") == "bf16" else 32)
+    return bits
 
 
 def powersgd_elements(
@@ -89,10 +55,12 @@ def powersgd_elements(
     return elements
 
 
-def sync_state_bytes(sync: Sync, parameters: int, shards: int) -> int:
+def sync_state_bytes(sync: SyncSection, parameters: int, shards: int) -> int:
     """Bytes a rank holds for it: error feedback, or the outer weights and their momentum."""
-    copies = {"powersgd": 1, "int8": 1, "int4": 1, "diloco": 2}.get(sync.method, 0)
-    copies += sync.method == "diloco" and sync.bits < 16
+    if isinstance(sync, OuterSection):
+        copies = 2 if sync.outer[1] else 1
+    else:
+        copies = int(getattr(sync, "error_feedback", False))
     return 4 * parameters * copies // shards
 
 

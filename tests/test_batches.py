@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pretrain.batches import BatchSchedule, held, linear_ramp, linear_ramp_in_steps
 from pretrain.config_file import load
 from pretrain.data.loader import Loader
-from pretrain.engine.zero import rows_of_rank
+from pretrain.engine.world import rows_of_rank
 from pretrain.recipe import Clock
 
 CONFIG = "configs/demo.toml"

@@ -17,7 +17,8 @@ STAGES = (1, 2, 3)
 
 def build(stage, world, precision="fp32", micro=2, recompute=False):
     """An engine and the model it began from (a copy, unsharded)."""
-    from pretrain.engine.zero import ZeroEngine, sharded_construction
+    from pretrain.engine.deepspeed_setup import sharded_construction
+    from pretrain.engine.zero import ZeroEngine
     from pretrain.model.bloom import Bloom
 
     config = Engine(zero_stage=stage, precision=precision, micro_batch_samples=micro)
@@ -36,7 +37,7 @@ def rows_for(step, batch):
 
 
 def engine_step(engine, step, batch, rate=1e-2):
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     first, end = rows_of_rank(batch, engine.world)
     plan = StepPlan(batch, rate * (1 + step % 3), 0.1, (0.9, 0.95), 1.0)
@@ -136,7 +137,7 @@ def test_fragments_tile_every_parameter_once(stage, precision):
 
 def views_are_live(world, stage, precision):
     """Write through every kind of view; return what the model and optimizer made of it."""
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     engine, _ = build(stage, world, precision)
     plan = StepPlan(3, 0.5, 0.0, (0.9, 0.95), 1.0)
@@ -183,7 +184,7 @@ def discard_then_step(world, stage, precision):
         run = []
         for step, batch in enumerate([4, 3, 5]):
             if with_discard and step > 0:
-                from pretrain.engine.zero import rows_of_rank
+                from pretrain.engine.world import rows_of_rank
 
                 first, end = rows_of_rank(6, world)
                 engine.forward_backward(rows_for(99, 6)[first:end], 6)
@@ -203,7 +204,7 @@ def test_a_discarded_step_leaves_no_trace(stage, precision):
 def accumulate(world, stage, precision):
     """Relative error of the gradient of 16 micro-batches of one row against fp32 sums of the
     single-row gradients of the same low-precision model."""
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
     from pretrain.model.bloom import Bloom
 
     engine, _ = build(stage, world, precision, micro=1)
@@ -267,8 +268,7 @@ def test_batches_smaller_than_the_world(stage):
 
 
 def test_rows_are_dealt_whole_and_evenly():
-    from pretrain.engine.world import World
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import World, rows_of_rank
 
     for size, batch in ((24, 16), (6, 208), (384, 16), (384, 2048), (5, 5), (1, 7)):
         shares = [rows_of_rank(batch, World(r, size, torch.device("cpu"))) for r in range(size)]

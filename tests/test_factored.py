@@ -12,7 +12,9 @@ from pytorch_optimizer import SOAP
 from pretrain.checkpoint_slices import to_load, to_save
 from pretrain.config import Engine
 from pretrain.config_optim import Adafactor, Soap
-from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
+from pretrain.engine.deepspeed_setup import sharded_construction
+from pretrain.engine.world import rows_of_rank
+from pretrain.engine.zero import ZeroEngine
 from pretrain.model.bloom import Bloom
 from pretrain.optim import adafactor
 from pretrain.optim.registry import build_optimizer

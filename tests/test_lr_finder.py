@@ -60,7 +60,7 @@ def built(world, path, overrides):
 def train_steps(config, engine, corpus, clock, count):
     """The losses and norms of some steps as in the loop, and the clock after them."""
     from pretrain.data.loader import Loader
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
     from pretrain.loop import seed_step
 
     recipe, seen = config.build_recipe(), []

@@ -24,7 +24,7 @@ def checkpoints(world, folder, number):
 
 
 def losses(engine, section, steps):
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     first, end = rows_of_rank(BATCH, engine.world)
     found = []
@@ -38,7 +38,7 @@ def losses(engine, section, steps):
 
 
 def first_half(world, folder):
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     engine = build(world, 1, EVERY_OPTIMIZER[0], micro=4)
     initial = [fragment.master.clone() for fragment in engine.fragments()]

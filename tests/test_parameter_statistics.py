@@ -17,7 +17,7 @@ RATE = 0.05
 
 
 def measured(world, stage, section):
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     engine = build(world, stage, section, micro=4)
     first, end = rows_of_rank(BATCH, world)

@@ -17,9 +17,9 @@ from launch.plan import Plan, daly_interval
 from pretrain.config import BloomModel, Engine
 from pretrain.config_file import load
 from pretrain.config_optim import AdamW
+from pretrain.config_sync import AllReduce
 from pretrain.memory import Layout, memory
 from pretrain.sizes import shape_of
-from pretrain.wire import Sync
 from tests.ranks import run_ranks
 from tests.tiny import write_config
 
@@ -218,7 +218,9 @@ def held_bytes(world, stage, precision):
     """Bytes of weights, masters, states and gradients that a rank really holds."""
     import torch
 
-    from pretrain.engine.zero import ZeroEngine, rows_of_rank, sharded_construction
+    from pretrain.engine.deepspeed_setup import sharded_construction
+    from pretrain.engine.world import rows_of_rank
+    from pretrain.engine.zero import ZeroEngine
     from pretrain.model import build_model
     from pretrain.recipe import StepPlan
 
@@ -280,7 +282,7 @@ def test_slow_links_between_nodes_cost_more_than_links_inside():
 
 
 def test_replicas_of_a_node_share_its_links(capsys):
-    plan = plan_of("configs/bloom-1b1.toml", H100, nodes=4).with_replicas(8, Sync())
+    plan = plan_of("configs/bloom-1b1.toml", H100, nodes=4).with_replicas(8, AllReduce())
     assert plan.layout.replicas == 4
     sent = 8 * plan.sent_bytes  # by the eight ranks of a node
     assert sent == pytest.approx(2 * 3 / 4 * 4 * plan.shape.parameters)

@@ -54,7 +54,8 @@ def references():
 
 
 def build(world, stage, section, micro=12, **engine):
-    from pretrain.engine.zero import ZeroEngine, sharded_construction
+    from pretrain.engine.deepspeed_setup import sharded_construction
+    from pretrain.engine.zero import ZeroEngine
     from pretrain.model.bloom import Bloom
 
     config = Engine(zero_stage=stage, precision="fp32", micro_batch_samples=micro, **engine)
@@ -65,7 +66,7 @@ def build(world, stage, section, micro=12, **engine):
 
 
 def train(engine, section):
-    from pretrain.engine.zero import rows_of_rank
+    from pretrain.engine.world import rows_of_rank
 
     first, end = rows_of_rank(BATCH, engine.world)
     for step in range(STEPS):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import BloomModel
+from pretrain.config_sync import AllReduce, parse_sync
 from pretrain.sizes import ModelShape, shape_of
-from pretrain.wire import Sync, sync_bytes, zero_traffic
+from pretrain.wire import sync_bytes, zero_traffic
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,12 +21,12 @@ M98 = BloomModel(vocab_size=16_384, hidden_size=768, layers=12, heads=12)
 def test_bytes_of_each_method_on_98_million_parameters():
     shape = shape_of(M98)
     assert shape.parameters == pytest.approx(98e6, rel=0.02)
-    plain = sync_bytes(Sync(), shape, 1, 1, 2)
+    plain = sync_bytes(AllReduce(), shape, 1, 1, 2)
     assert plain == 4 * shape.parameters  # a ring of two sends all of it once
-    assert sync_bytes(Sync(), shape, 1, 1, 4) == 1.5 * plain
-    assert sync_bytes(Sync(), shape, 2, 4, 2) == plain / 4
+    assert sync_bytes(AllReduce(), shape, 1, 1, 4) == 1.5 * plain
+    assert sync_bytes(AllReduce(), shape, 2, 4, 2) == plain / 4
     ratio = {
-        text: plain / sync_bytes(Sync.parse(text), shape, 1, 1, 2)
+        text: plain / sync_bytes(parse_sync(text), shape, 1, 1, 2)
         for text in ("allreduce:bf16", "powersgd:4", "powersgd:1", "int8", "int4", "diloco:50",
                      "diloco:50:int4", "localsgd:10")
     }  # fmt: skip
@@ -41,17 +42,17 @@ def test_bytes_of_each_method_on_98_million_parameters():
 
 def test_powersgd_sends_small_matrices_whole_and_row_blocks_under_zero_3():
     shape = ModelShape(8, 1, 1, 8, 8, ((100, 50, 1), (4, 6, 2)), vectors=30)
-    sent = sync_bytes(Sync.parse("powersgd:2"), shape, 1, 1, 2)
+    sent = sync_bytes(parse_sync("powersgd:2"), shape, 1, 1, 2)
     # 2 (100 + 50) factors; 4 x 6 would not shrink by two; vectors whole: all-reduced by a ring of 2
     assert sent == 4 * (2 * (100 + 50) + 2 * 24 + 30)
-    sliced = sync_bytes(Sync.parse("powersgd:2"), shape, 3, 2, 2)
+    sliced = sync_bytes(parse_sync("powersgd:2"), shape, 3, 2, 2)
     assert sliced == 4 * (2 * (50 + 50) + 2 * 12 + 15)
 
 
 @pytest.mark.parametrize("text", ["", "powersgd:x", "int8:2", "diloco:5:int2", "allreduce:int8"])
 def test_methods_that_are_none(text):
     with pytest.raises(ValueError, match="one of allreduce"):
-        Sync.parse(text)
+        parse_sync(text)
 
 
 COUNT = """
@@ -60,7 +61,8 @@ from pathlib import Path
 from pretrain.config import BloomModel, Engine
 from pretrain.config_optim import AdamW
 from pretrain.engine.world import join_world
-from pretrain.engine.zero import ZeroEngine, sharded_construction
+from pretrain.engine.deepspeed_setup import sharded_construction
+from pretrain.engine.zero import ZeroEngine
 from pretrain.model import build_model
 from pretrain.recipe import StepPlan
 sent = lambda: int(Path("/proc/net/dev").read_text().split("lo:")[1].split()[8])

@@ -10,7 +10,8 @@ from pretrain.recipe import Clock, Recipe, StepPlan
 
 
 class Loader:
-    """Rows for this rank. `rows_of_rank(batch)` is this rank's [first, end) of a global batch.
+    """Rows for this rank. `rows_of_rank(batch)` is this rank's [first, end) of a global batch; it
+    may change when other ranks come or go.
 
     The next step's rows are read by a thread while the current one is computed: the recipe says
     which they are. Nothing else is remembered, so there is nothing to save.
@@ -21,20 +22,25 @@ class Loader:
     ) -> None:
         self._corpus, self._recipe, self._rows_of_rank = corpus, recipe, rows_of_rank
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: tuple[Clock, Future[torch.Tensor]] | None = None
+        self._ahead: tuple[int, int, Future[torch.Tensor]] | None = None
 
     def batch(self, clock: Clock, plan: StepPlan) -> torch.Tensor:
         """Rows (n, sequence_length + 1), int64, of the step that begins at `clock`."""
-        if self._ahead is not None and self._ahead[0] == clock:
-            rows = self._ahead[1].result()
+        first, count = self._span(clock, plan.batch_samples)
+        if self._ahead is not None and self._ahead[:2] == (first, count):
+            rows = self._ahead[2].result()
         else:
-            rows = self._read(clock.samples, plan.batch_samples)
+            rows = self._read(first, count)
         after = self._recipe.after(clock, plan)
         if not self._recipe.done(after):
-            batch_samples = self._recipe.at(after).batch_samples
-            self._ahead = (after, self._thread.submit(self._read, after.samples, batch_samples))
+            span = self._span(after, self._recipe.at(after).batch_samples)
+            self._ahead = (*span, self._thread.submit(self._read, *span))
         return rows
 
-    def _read(self, first_sample: int, batch_samples: int) -> torch.Tensor:
+    def _span(self, clock: Clock, batch_samples: int) -> tuple[int, int]:
+        """First sample and number of samples of this rank in the batch that begins at `clock`."""
         first, end = self._rows_of_rank(batch_samples)
-        return torch.from_numpy(self._corpus.batch(first_sample + first, end - first))
+        return clock.samples + first, end - first
+
+    def _read(self, first_sample: int, count: int) -> torch.Tensor:
+        return torch.from_numpy(self._corpus.batch(first_sample, count))

@@ -78,12 +78,20 @@ class World:
         dist.all_to_all_single(received, tensor.contiguous(), group=self.group)
         return received
 
+    def share(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Make `tensor` that of the first rank, in place; it may lie elsewhere than ranks talk."""
+        if self.size > 1:
+            here = tensor.detach().to(self.device)
+            dist.broadcast(here, group=self.group, group_src=0)
+            tensor.detach().copy_(here)
+        return tensor
+
     def collect(self, row: torch.Tensor) -> torch.Tensor:
         """The 1-D `row` of each rank, as a tensor (size, n)."""
         if self.size == 1:
             return row[None]
         rows = row.new_empty(self.size, row.numel())
-        dist.all_gather_into_tensor(rows.view(-1), row.contiguous(), group=self.group)
+        dist.all_gather_single(rows.view(-1), row.contiguous(), group=self.group)
         return rows
 
     def gather(self, value: Any) -> list[Any]:
@@ -101,8 +109,9 @@ class World:
 
 
 def split_world(world: World, shard_ranks: int | None, on_host: bool = False) -> World:
-    """`world` with its mesh: shard groups of `shard_ranks` consecutive ranks (None: one group of
-    all). With `on_host` replicas talk from host memory, over gloo, whatever the devices. Collective.
+    """`world` with its mesh: shard groups of `shard_ranks` consecutive ranks (None: one group).
+
+    With `on_host` replicas talk from host memory, over gloo, whatever the devices. Collective.
 
     Raises UserError where the ranks cannot be dealt evenly.
     """
@@ -125,6 +134,15 @@ def split_world(world: World, shard_ranks: int | None, on_host: bool = False) ->
         _shard=World(world.rank % shards, shards, world.device, shard),
         _replicas=World(world.rank // shards, len(groups), device, replicas),
     )
+
+
+def rows_of_rank(batch_samples: int, world: World) -> tuple[int, int]:
+    """[first, end) of the rows of a global batch that this rank works on: contiguous and even.
+
+    The set of samples in a step does not depend on the number of ranks; only this split does.
+    """
+    first = batch_samples * world.rank // world.size
+    return first, batch_samples * (world.rank + 1) // world.size
 
 
 @contextmanager

@@ -5,9 +5,8 @@ step are ours (`managed_gradient_accumulation: false`), so that any batch runs o
 gradient is the mean over the tokens of the global batch, however it is split.
 """
 
-import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,56 +15,23 @@ from torch import Tensor, nn
 
 from pretrain.config import Engine as EngineConfig
 from pretrain.config_optim import OptimizerSection
+from pretrain.engine.deepspeed_setup import initialize
 from pretrain.engine.fragments import Fragment, FragmentMap
 from pretrain.engine.world import World
 from pretrain.optim.groups import fused_matrices, parameter_groups, parameter_roles
 from pretrain.optim.registry import build_optimizer
+from pretrain.optim.shards import Shards
 from pretrain.optim.statistics import Measurement, ParameterStatistics
-from pretrain.recipe import StepPlan
-from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS
+from pretrain.recipe import Clock, StepPlan
+from pretrain.sync.base import ReplicaSync
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step's forward and backward passes found; the same on all ranks."""
+    """What a step's forward and backward passes found; the same on all ranks that step together."""
 
-    loss: float  # mean over the tokens of the global batch, in nats
-    grad_norm: float  # global L2 norm of its gradient, before clipping
-
-
-def deepspeed_settings(config: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's own config, derived from ours: nothing in it is written by hand."""
-    zero: dict[str, Any] = {
-        "stage": config.zero_stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
-    }
-    if config.zero_stage == 3:
-        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = LIVE_ELEMENTS
-    else:
-        zero["compute_grad_norm"] = False  # ours, before the step, so that the guard can judge it
-    return {
-        # DeepSpeed insists on these two; neither governs anything under unmanaged accumulation.
-        "train_micro_batch_size_per_gpu": config.micro_batch_samples,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",  # of gradients; the default would round sums to bf16
-        "gradient_clipping": 0.0,
-        "steps_per_print": 2**62,
-    }
-
-
-def rows_of_rank(batch_samples: int, world: World) -> tuple[int, int]:
-    """[first, end) of the rows of a global batch that this rank works on: contiguous and even.
-
-    The set of samples in a step does not depend on the number of ranks; only this split does.
-    """
-    first = batch_samples * world.rank // world.size
-    return first, batch_samples * (world.rank + 1) // world.size
+    loss: float  # mean over the tokens of the batch, in nats
+    grad_norm: float  # L2 norm of its whole gradient, before clipping
 
 
 class ZeroEngine:
@@ -84,14 +50,15 @@ class ZeroEngine:
         world: World,
     ) -> None:
         self.config, self.world = config, world
+        self.sync: ReplicaSync = ReplicaSync(world)
         roles, matrices = parameter_roles(model), fused_matrices(model)
         # Never stepped: it tells DeepSpeed which parameters lie together.
         holder = torch.optim.SGD(parameter_groups(model), lr=0.0)
-        self._engine = _initialize(model, holder, config)
+        self._engine = initialize(model, holder, config, world)
         self._zero = self._engine.optimizer
         parameters = dict(self._engine.module.named_parameters())
         self._map = FragmentMap(
-            self._zero, parameters, roles, matrices, config.zero_stage, world,
+            self._zero, parameters, roles, matrices, config.zero_stage, world.shard,
             config.offload == "cpu",
         )  # fmt: skip
         self.use_optimizer(optimizer)
@@ -117,31 +84,39 @@ class ZeroEngine:
         """What this rank owns, as live views."""
         return self._map.fragments()
 
-    def forward_backward(self, rows: Tensor, batch_samples: int) -> StepStats:
-        """Accumulate the gradient of this rank's `rows` (n x (T + 1) token ids, n may be 0).
+    def forward_backward(
+        self, rows: Tensor, batch_samples: int, clock: Clock | None = None
+    ) -> StepStats:
+        """Accumulate the gradient of this rank's `rows` (n x (T + 1) token ids, n may be 0), and
+        bring it together with those of other replicas, as is due at `clock` (None: the start).
 
         All ranks make the same number of passes, since the collectives need it: a rank without
         rows left runs a pass over a single token with weight zero.
         """
         self._engine.train()
-        per_rank = -(-batch_samples // self.world.size)
+        together, device = self.sync.together, self.world.device
+        per_rank = -(-batch_samples // self.sync.ranks.size)
         micro = self.config.micro_batch_samples
-        tokens_in_batch = batch_samples * (rows.shape[1] - 1)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        tokens_together = max(1, self.sync.samples_together(batch_samples)) * (rows.shape[1] - 1)
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for first in range(0, per_rank, micro):
             chunk, weight = rows[first : first + micro], 1.0
             if len(chunk) == 0:
                 chunk, weight = rows.new_zeros(1, 2), 0.0
-            chunk = chunk.to(self.world.device, non_blocking=True)
+            chunk = chunk.to(device, non_blocking=True)
             loss_sum = self._engine(chunk[:, :-1], chunk[:, 1:])
-            # DeepSpeed averages gradients over the ranks; the sum is wanted.
-            self._engine.backward(loss_sum * (weight * self.world.size / tokens_in_batch))
+            # DeepSpeed, and the sync after it, average gradients over the ranks; the sum is wanted.
+            self._engine.backward(loss_sum * (weight * together.size / tokens_together))
             total += weight * loss_sum.detach()
         self._finish_accumulation()
-        square = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        if gradients := self._map.flat_gradients():
+        gradients = self._map.flat_gradients()
+        self.sync.gradients(gradients, clock or Clock())
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        if gradients:
             square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-        loss_and_square = self.world.sum(torch.stack([total / tokens_in_batch, square]))
+        # Replicas in step have the same gradient now: their squares are summed once too often.
+        square *= self.world.shard.size / together.size
+        loss_and_square = together.sum(torch.stack([total / tokens_together, square]))
         loss, square_norm = loss_and_square.tolist()  # the step's one wait for the device
         return StepStats(loss, square_norm**0.5)
 
@@ -194,33 +169,66 @@ class ZeroEngine:
         }
 
     @property
+    def masters(self) -> list[Tensor]:
+        """The flat fp32 masters of this rank."""
+        return self._map.masters
+
+    @property
+    def shards(self) -> Shards:
+        """What lies where in the masters."""
+        return self._map.shards
+
+    def refresh_weights(self) -> None:
+        """Take changed masters up into the weights that the model computes with; collective."""
+        self._map.refresh_weights()
+
+    @property
     def keeps_average(self) -> bool:
         """Whether what is evaluated and exported is an average, not the weights of training."""
-        return hasattr(self.optimizer, "eval")
+        return bool(self.sync.outer_weights) or hasattr(self.optimizer, "eval")
+
+    @torch.no_grad()
+    def exported(self) -> list[Tensor]:
+        """What this replica alone would evaluate and export, laid out like the masters: copies of
+        the optimizer's averages where it keeps any, else the masters themselves."""
+        if not hasattr(self.optimizer, "eval"):
+            return self.masters
+        with self._masters_put_back():
+            self.optimizer.eval()
+            averages = [master.detach().clone() for master in self.masters]
+            self.optimizer.train()
+        return averages
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, masters and model hold the weights that are evaluated and exported: the average
-        where the optimizer keeps one, else those of training. Afterwards all is as before, bit by
-        bit. Collective."""
+        """Inside, masters and model hold the weights that are evaluated and exported: those that
+        replicas agreed on last where they step by themselves, or the average where the optimizer
+        keeps one, else those of training. Afterwards all is as before, bit by bit. Collective."""
         if not self.keeps_average:
             yield
             return
-        trained = [master.detach().clone() for master in self._map.masters]
+        exported = self.sync.outer_weights or self.exported()
         with torch.no_grad():
-            self.optimizer.eval()
-            self._map.refresh_weights()
-            try:
+            with self._masters_put_back():
+                for master, average in zip(self.masters, exported, strict=True):
+                    master.copy_(average)
+                self.refresh_weights()
                 yield
-            finally:
-                self.optimizer.train()
-                for master, kept in zip(self._map.masters, trained, strict=True):
-                    master.copy_(kept)
-                self._map.refresh_weights()
+            self.refresh_weights()
+
+    @contextmanager
+    def _masters_put_back(self) -> Iterator[None]:
+        trained = [master.detach().clone() for master in self.masters]
+        try:
+            yield
+        finally:
+            for master, kept in zip(self.masters, trained, strict=True):
+                master.detach().copy_(kept)
 
     @torch.no_grad()
     def evaluate(self, rows: Tensor, batch_samples: int) -> float:
-        """Mean loss over the tokens of `batch_samples` rows, this rank's share of which is `rows`.
+        """Mean loss over the tokens of `batch_samples` rows, of which `rows` are this rank's among
+        those of `sync.together`.
 
         Passes are counted as in `forward_backward`, for ZeRO 3 gathers weights in them.
         """
@@ -231,13 +239,14 @@ class ZeroEngine:
         self._engine.eval()
         micro = self.config.micro_batch_samples
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for first in range(0, -(-batch_samples // self.world.size), micro):
+        together = self.sync.together
+        for first in range(0, -(-batch_samples // together.size), micro):
             chunk = rows[first : first + micro]
             idle = len(chunk) == 0
             chunk = (rows.new_zeros(1, 2) if idle else chunk).to(self.world.device)
             loss_sum = self._engine(chunk[:, :-1], chunk[:, 1:])
             total += 0.0 if idle else loss_sum
-        return self.world.sum(total).item() / (batch_samples * (rows.shape[1] - 1))
+        return together.sum(total).item() / (batch_samples * (rows.shape[1] - 1))
 
     def close(self) -> None:
         """Let go of the model. DeepSpeed hangs hooks into autograd's graph, where the collector
@@ -250,7 +259,7 @@ class ZeroEngine:
         """State that is one number for all parameters: Adam's step count (by its name), and what
         an optimizer changes in its groups (as "group.NAME")."""
         scalars: dict[str, set[float]] = {}
-        for master in self._map.masters:
+        for master in self.masters:
             for key, value in self.optimizer.state.get(master, {}).items():
                 if not torch.is_tensor(value) or value.shape != master.shape:
                     scalars.setdefault(key, set()).add(float(value))
@@ -272,6 +281,17 @@ class ZeroEngine:
             for key, value in state.items()
         }
 
+    def state_tensors(self) -> list[Tensor]:
+        """All that makes this replica's next steps what they are, in the same order on all
+        replicas: masters and states of the optimizer."""
+        states = [self.optimizer.state.get(master, {}) for master in self.masters]
+        wholes = self.optimizer_wholes()
+        return [
+            *self.masters,
+            *(s[key] for s in states for key in sorted(s) if torch.is_tensor(s[key])),
+            *(wholes[key] for key in sorted(wholes)),
+        ]
+
     def trained_and_averaged(self) -> list[tuple[Tensor, Tensor | None]]:
         """For each fragment its master and, where the optimizer keeps one, a copy of the average;
         collective."""
@@ -287,13 +307,13 @@ class ZeroEngine:
 
         A step with rate and gradient zero does it for any optimizer; the masters stay as they are.
         """
-        masters = [master.detach().clone() for master in self._map.masters]
+        masters = [master.detach().clone() for master in self.masters]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
-        for master in self._map.masters:
+        for master in self.masters:
             master.grad = torch.zeros_like(master)
         self.optimizer.step()
-        for master, before in zip(self._map.masters, masters, strict=True):
+        for master, before in zip(self.masters, masters, strict=True):
             master.grad = None
             master.copy_(before)
 
@@ -326,58 +346,3 @@ def _numbers(group: dict[str, Any]) -> dict[str, float]:
     """The numbers in a parameter group that no recipe governs."""
     governed = ("lr", "weight_decay", "momentum")
     return {k: v for k, v in group.items() if isinstance(v, int | float) and k not in governed}
-
-
-def sharded_construction(config: EngineConfig, world: World) -> AbstractContextManager[Any]:
-    """Under ZeRO 3, modules built in this context are sharded as they are built, so that no rank
-    ever holds the whole model. The weights are those of rank 0, hence the same as without it."""
-    if config.zero_stage < 3 or world.size == 1:
-        return nullcontext()
-    deepspeed = _import_deepspeed()
-    deepspeed.init_distributed()
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_settings(config))
-
-
-def _initialize(model: nn.Module, optimizer: torch.optim.Optimizer, config: EngineConfig) -> Any:
-    """DeepSpeed's engine for `model`, with nothing compiled at run time and quiet logs."""
-    deepspeed = _import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
-
-    class Engine(DeepSpeedEngine):
-        """Takes the ZeRO wrapper for stage 1 with bf16 too.
-
-        There DeepSpeed would choose BF16_Optimizer, which all-reduces whole gradients and keeps
-        them elsewhere than the other stages; the ZeRO wrapper does the same arithmetic.
-        """
-
-        def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
-            return ZERO_OPTIMIZATION
-
-        def __del__(self) -> None:
-            """DeepSpeed's own would touch modules that are gone at interpreter exit."""
-
-    deepspeed.init_distributed()  # adopts the process group that join_world made
-    settings = deepspeed_settings(config)
-    return Engine(
-        args=None,
-        model=model,
-        optimizer=optimizer,
-        config=settings,
-        config_class=DeepSpeedConfig(settings),
-    )
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed with its shared-memory collective switched off.
-
-    It would be compiled at the first use; killed while compiling, it leaves a lock file on which
-    every later run of the machine waits for ever.
-    """
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel(logging.WARNING)
-    return deepspeed

@@ -28,8 +28,8 @@ from pretrain.config import Config
 from pretrain.config_optim import OwnOptimizer
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
-from pretrain.engine.world import World, join_world
-from pretrain.engine.zero import ZeroEngine, rows_of_rank
+from pretrain.engine.world import World, join_world, rows_of_rank
+from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import DivergenceError, UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.lab.compare_arguments import add_arguments
@@ -211,7 +211,8 @@ class _Observers(Observers):
     """Also moves the line of progress."""
 
     def __init__(self, config: Config, recipe: Recipe, world: World, progress: Any) -> None:
-        super().__init__(config.observe, recipe, config.run_directory, world.is_first, 0.0, 1.0)
+        speaks = world.rank == 0
+        super().__init__(config.observe, recipe, config.run_directory, lambda: speaks, 0.0, 1.0)
         self._sequence_length, self._progress = recipe.sequence_length, progress
 
     def record(self, clock: Clock, plan: StepPlan, *rest: Any) -> None:

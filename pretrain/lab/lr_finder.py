@@ -24,8 +24,8 @@ from pretrain.config import Config
 from pretrain.config_file import load
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
-from pretrain.engine.world import World, join_world
-from pretrain.engine.zero import ZeroEngine, rows_of_rank
+from pretrain.engine.world import World, join_world, rows_of_rank
+from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import UserError, exit_code
 from pretrain.lab.lr_plot import plot_findings
 from pretrain.lab.range_test import Findings, Sweep, Trace, add_arguments, summary

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from pretrain.observe.metrics import MetricsFile
 from pretrain.optim.statistics import HISTOGRAM_BINS, HISTOGRAM_RMS, ParameterStatistics
 from pretrain.quantities import human_count, human_seconds
 from pretrain.recipe import Clock, Recipe, StepPlan
+from pretrain.sync.base import ReplicaSync
 
 
 class Observers:
-    """Console, metrics.jsonl and TensorBoard; on other ranks than the first they are silent.
+    """Console, metrics.jsonl and TensorBoard, on the rank that `speaks`; it may be another one
+    later, when replicas come and go.
 
-    `flops_per_token` and `peak_flops` (of all devices together) give the utilisation.
+    `flops_per_token` and `peak_flops` (of all devices of this launch) give the utilisation.
     """
 
     def __init__(
@@ -25,7 +28,7 @@ class Observers:
         config: Observe,
         recipe: Recipe,
         directory: Path,
-        speaks: bool,
+        speaks: Callable[[], bool],
         flops_per_token: float,
         peak_flops: float,
     ) -> None:
@@ -39,20 +42,20 @@ class Observers:
 
     def open(self, clock: Clock) -> None:
         """Open the records to go on after `clock`, so that curves are unbroken over a resume."""
-        if not self._speaks:
-            return
-        self._file = MetricsFile(self._directory / "metrics.jsonl", clock.step)
+        if self._speaks():
+            self._open(clock.step, clock.tokens)
+
+    def _open(self, step: int, tokens: int) -> None:
+        self._file = MetricsFile(self._directory / "metrics.jsonl", step)
         if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Points past the clock, of steps that are repeated now, are hidden by purge_step.
-            self._board = SummaryWriter(
-                str(self._directory / "tensorboard"), purge_step=clock.tokens + 1
-            )
+            self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=tokens + 1)
 
     def begin(self, clock: Clock, validation_loss: float | None) -> None:
         """Record the loss before the first step."""
-        if self._speaks and validation_loss is not None:
+        if self._speaks() and validation_loss is not None:
             self._write({"step": 0, "samples": 0, "tokens": 0, "validation_loss": validation_loss})
             print(f"before training: {_validation_text(validation_loss)}", flush=True)
 
@@ -64,14 +67,17 @@ class Observers:
         verdict: Verdict,
         seconds: float,
         validation_loss: float | None,
+        sync: ReplicaSync,
     ) -> None:
         """Record the step that ended at `clock` after `seconds`."""
         self._training_seconds += seconds
         rate = plan.batch_samples * self._recipe.sequence_length / seconds
         recent = self._recent_tokens_per_second
         self._recent_tokens_per_second = 0.9 * recent + 0.1 * rate if recent else rate
-        if not self._speaks:
+        if not self._speaks():
             return
+        if self._file is None:  # the rank that spoke before is gone
+            self._open(clock.step - 1, clock.tokens - 1)
         row = {
             "step": clock.step,
             "samples": clock.samples,
@@ -81,10 +87,18 @@ class Observers:
             "batch_samples": plan.batch_samples,
             "grad_norm": stats.grad_norm,
             "tokens_per_second": rate,
-            "model_flops_utilisation": rate * self._flops_per_token / self._peak_flops,
+            "model_flops_utilisation": rate
+            * self._flops_per_token
+            / (self._peak_flops * sync.launches),
             "step_seconds": seconds,
             "training_seconds": self._training_seconds,
         }
+        if sync.replicas > 1:
+            row |= {
+                "replicas": sync.replicas,
+                "sync_bytes": sync.sent_bytes,
+                "sync_seconds": sync.seconds,
+            }
         if not verdict.apply:
             row["skipped"] = verdict.reason
         if validation_loss is not None:

@@ -1,0 +1,253 @@
+"""Who takes part in a round: all replicas of a launch, or those that meet at a coordinator."""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config_sync import OuterSection
+from pretrain.engine.world import World
+from pretrain.errors import UserError
+from pretrain.sync.links import Board, Heart, Line, Link, own_address, timeout_of
+from pretrain.sync.roster import NEVER, Epoch, Mark, to_epoch, to_mark
+
+_CPU = torch.device("cpu")
+_FAILURES_IN_A_ROW = 5
+_PATIENCE_TO_TELL_SECONDS = 10.0
+
+
+class LeftBehind(Exception):
+    """The others went on without this replica: its state is no longer that of the run."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The replicas of a round. The first `contributors` hold the state of the run, the others are
+    given it. `replicas` must not be used after the vote but in the next meeting, unless `changed`.
+    """
+
+    replicas: World
+    contributors: int
+    donor: int  # who hands its state to newcomers
+    newcomer: bool  # whether this one is to be given it
+    changed: bool  # whether `replicas` is not that of the meeting before
+    epoch: Epoch
+    members: tuple[str, ...]  # "host (id)", by position
+
+
+class FixedMembers:
+    """The replicas of one launch, which nobody leaves or joins."""
+
+    def __init__(self, world: World) -> None:
+        self._replicas, self._first = world.replicas, True
+
+    def meet(self, step: int, newcomer: bool = False) -> Meeting:
+        """All of them, at any step."""
+        changed, self._first = self._first, False
+        size = self._replicas.size
+        names = tuple(f"replica {rank}" for rank in range(size))
+        return Meeting(self._replicas, size, 0, False, changed, (step, ""), names)
+
+    def vote(self, meeting: Meeting, fine: bool) -> bool:
+        """Raises RuntimeError where an exchange has failed: nobody can go on without the others."""
+        if not fine:
+            raise RuntimeError(f"step {meeting.epoch[0]}: the exchange between replicas has failed")
+        return True
+
+    def leave(self) -> None:
+        """Nobody waits for one that leaves: all do."""
+
+
+class Members:
+    """A replica that is a launch of its own, among those that meet at the coordinator.
+
+    All ranks of the launch make one and call its methods together; the first talks for them.
+    `facts` must be the same for all replicas. Without the coordinator calls wait `timeout_seconds`,
+    exchanges wait `exchange_seconds` (default: `lost_after`) for a silent peer. `say` is told what
+    a long wait is for.
+
+    Raises UserError where the coordinator cannot be reached or `facts` differ.
+    """
+
+    def __init__(
+        self,
+        section: OuterSection,
+        world: World,
+        facts: dict[str, Any],
+        timeout_seconds: float,
+        exchange_seconds: float | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        assert section.coordinator is not None
+        self._address, self._shard, self._say = section.coordinator, world.shard, say
+        self._timeout, lost_after = timeout_seconds, float(section.lost_after.value)
+        self._exchange_seconds = exchange_seconds or lost_after
+        self._key = self._shard.gather(os.urandom(8).hex())[0]
+        self._who = {
+            "id": self._key,
+            "host": socket.gethostname(),
+            "facts": facts,
+            "expect": section.replicas,
+            "lost_after": lost_after,
+        }
+        self._mark: Mark = NEVER
+        self._line: Line | None = None
+        self._group: list[Any] | None = None  # the name of that of the last meeting
+        self._failures, self._why = 0, ""
+        self._failed_with: tuple[str, ...] = ()
+        self._heart: Heart | None = None
+        self._link = Link(self._address, self._hello)
+        self._agree(self._hello())
+        if self._shard.is_first:
+            self._heart = Heart(self._address, self._hello, min(1.0, lost_after / 5))
+
+    def meet(self, step: int, newcomer: bool = False) -> Meeting:
+        """Wait for the others that are at `step`; who they are. A `newcomer` has no state that is
+        worth anything, or does not want to keep it. Collective.
+
+        A first meeting is one of newcomers, but for the one whose step is the greatest.
+        Raises LeftBehind where the others went on without this replica, which then comes back as a
+        newcomer, and UserError where replicas do not reach each other.
+        """
+        if newcomer:
+            self._mark = NEVER
+        while True:
+            answer = self._agree({"do": "meet", "id": self._key, "step": step, "mark": self._mark})
+            if "behind" in answer:
+                self._hang_up()
+                raise LeftBehind(f"step {step}: the other replicas went on without this one")
+            meeting, connected = self._connect(answer)
+            if self._all(connected):
+                return meeting
+            self.vote(meeting, False)
+
+    def vote(self, meeting: Meeting, fine: bool) -> bool:
+        """Whether the round counts: the exchange went `fine` for all that are still there. Else all
+        of them meet again. Collective.
+
+        Raises UserError where rounds of the same replicas fail time and again.
+        """
+        fine = self._all(fine)
+        if not fine:
+            self._hang_up()  # before all else: others may still wait for something from us
+        answer = self._agree({"do": "vote", "id": self._key, "epoch": meeting.epoch, "fine": fine})
+        if answer["mark"]:
+            self._mark, self._failures = to_mark(answer["mark"]), 0
+            return True
+        self._hang_up()
+        self._failures = self._failures + 1 if self._failed_with == meeting.members else 1
+        self._failed_with = meeting.members
+        if self._failures >= _FAILURES_IN_A_ROW:
+            raise UserError(
+                f"{self._failures} rounds of {', '.join(meeting.members)} failed in a row"
+                f"{': ' * bool(self._why)}{self._why}\n"
+                "  rule: replicas reach each other, not only the coordinator, and answer within "
+                f"{self._exchange_seconds:.0f} s\n"
+                "  cure: open the network between these hosts, name the interface in "
+                "GLOO_SOCKET_IFNAME, or raise sync.lost_after"
+            )
+        return False
+
+    def leave(self) -> None:
+        """Go, so that the others do not wait for this replica; does nothing the second time."""
+        self._hang_up()
+        if self._heart:
+            self._heart.stop()
+            self._heart = None
+            self._link.close()
+            self._link.tell({"do": "bye", "id": self._key})
+            self._link.close()
+
+    # --- the coordinator --------------------------------------------------------------------------
+
+    def _hello(self) -> dict[str, Any]:
+        return {"do": "hello", **self._who, "mark": self._mark}
+
+    def _agree(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The coordinator's answer to the first rank, on all ranks.
+
+        They hear of it every few seconds while it waits: a collective of theirs would time out.
+        """
+        talk = self._link.ask(request, self._timeout) if self._shard.is_first else None
+        began, told = time.monotonic(), ""
+        while True:
+            word = self._shard.gather(next(talk) if talk else None)[0]
+            if isinstance(word, dict):
+                break
+            patient = time.monotonic() - began < _PATIENCE_TO_TELL_SECONDS
+            if talk and word != told and not patient:
+                self._say(f"waiting for {word}")
+                told = word
+        if "refused" in word:
+            raise UserError(word["refused"])
+        return word
+
+    def _all(self, fine: bool) -> bool:
+        """Whether all ranks of this replica are fine."""
+        flag = torch.tensor([float(not fine)], device=self._shard.device)
+        return not self._shard.sum(flag).item()
+
+    # --- the other replicas -----------------------------------------------------------------------
+
+    def _connect(self, answer: dict[str, Any]) -> tuple[Meeting, bool]:
+        """The meeting that the coordinator has called, and whether its replicas are connected."""
+        keys, contributors = answer["members"], answer["contributors"]
+        rank, size, epoch = keys.index(self._key), len(keys), to_epoch(answer["epoch"])
+        changed, connected = answer["group"] != self._group, True
+        if changed:
+            self._hang_up()
+            self._group = answer["group"]
+            if size > 1:
+                try:
+                    self._line = self._dial(answer, rank, size, epoch)
+                except (RuntimeError, OSError) as error:
+                    connected, self._why = False, str(error)
+        group = self._line.group if self._line else None
+        meeting = Meeting(
+            World(rank, size, _CPU, group),
+            contributors,
+            donor=0,
+            newcomer=rank >= contributors,
+            changed=changed,
+            epoch=epoch,
+            members=tuple(answer["names"]),
+        )
+        return meeting, connected
+
+    def _dial(self, answer: dict[str, Any], rank: int, size: int, epoch: Epoch) -> Line:
+        place = self._shard.rank
+        stem = {"epoch": epoch}
+        peers = [a for position, a in enumerate(answer["addresses"]) if position != rank]
+        address = own_address(peers, self._address)
+        board = Board(self._address, stem, f"{place}/", self._exchange_seconds)
+        try:
+            name = f"replicas {epoch[1]}.{epoch[0]} {place}"
+            return Line(name, board, rank, size, address, self._exchange_seconds)
+        finally:
+            board.close()
+
+    def _hang_up(self) -> None:
+        if self._line:
+            self._line.close()
+        self._line = self._group = None
+
+
+def send(world: World, tensor: torch.Tensor, to: int) -> None:
+    """`tensor` to a rank of a world that talks over gloo. Raises RuntimeError where it is gone."""
+    group = world.group or dist.group.WORLD
+    group.send([tensor.detach().to(_CPU).contiguous()], to, 0).wait(timeout_of(group))
+
+
+def receive(world: World, tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Fill `tensor` with what one rank of a world that talks over gloo sends. Raises RuntimeError
+    where it is gone or silent for long."""
+    group = world.group or dist.group.WORLD
+    here = torch.empty_like(tensor, device=_CPU, memory_format=torch.contiguous_format)
+    group.recv([here], source, 0).wait(timeout_of(group))
+    tensor.detach().copy_(here)
+    return tensor
