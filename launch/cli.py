@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", help="key.sub=value")
 
+    text = "where replicas that are launches of their own meet (sync.coordinator)"
+    sub = command("coordinator", _coordinator, text)
+    sub.add_argument("--host", default="", help="address to listen at (all of this machine)")
+    sub.add_argument("--port", type=int, default=29400, help="29400")
+
     plan_arguments(command("plan", plan_command, "what a run will be: stages, memory, time, cost"))
 
     text = "between which learning rates the loss falls (range test); changes nothing of a run"
@@ -177,6 +182,14 @@ def _config(options: argparse.Namespace) -> int:
 
     print(tomli_w.dumps(load(options.config, options.overrides).resolved()), end="")
     return 0
+
+
+def _coordinator(options: argparse.Namespace) -> None:
+    from functools import partial
+
+    from pretrain.sync.coordinator import serve
+
+    serve(options.host, options.port, partial(print, flush=True))
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ This is the only place that wires things together.
 
 import argparse
 import shutil
+import tempfile
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.config_file import differences, load, read_toml
 from pretrain.config_optim import OwnOptimizer
+from pretrain.config_sync import OuterSection
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.engine.deepspeed_setup import sharded_construction
@@ -103,11 +105,12 @@ def train_run(config: Config, world: World) -> Clock:
     clock = checkpoints.load(newest, engine, run.parts) if newest else Clock()
     if world.is_first:
         _announce(config, world, parameters, corpus, clock, newest)
-        _save_config(config)
     if recipe.done(clock):
         return clock
     try:
         clock = engine.sync.begin(clock)
+        if world.is_first and engine.sync.leads:
+            _save_config(config)
         observers.open(clock)
         clock = train(run, clock)
     finally:
@@ -170,8 +173,8 @@ def _prepare_directory(config: Config) -> None:
             folder.rename(aside)
             print(f"start=fresh: the earlier run now lies in {aside}")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written: {error.strerror}\n"
@@ -212,6 +215,16 @@ def _peak_flops(config: Config, world: World) -> float:
     return world.sum(torch.tensor(measured, device=world.device, dtype=torch.float64)).item()
 
 
+def _replicas_text(config: Config, world: World) -> str:
+    """How many replicas there are, and what keeps them together."""
+    if isinstance(config.sync, OuterSection) and config.sync.coordinator:
+        return f"\n  one replica of those at {config.sync.coordinator}, {config.sync.method}"
+    if world.replicas.size == 1:
+        return ""
+    ranks = world.shard.size
+    return f"\n  {world.replicas.size} replicas of {ranks} rank(s), {config.sync.method}"
+
+
 def _announce(
     config: Config,
     world: World,
@@ -226,7 +239,8 @@ def _announce(
     ramp = str(final) if first == final else f"{first} -> {final}"
     print(
         f"{config.name}: {human_count(parameters)} parameters, {world.size} rank(s) on "
-        f"{world.device.type}, ZeRO {engine.zero_stage}, {engine.precision}\n"
+        f"{world.device.type}, ZeRO {engine.zero_stage}, {engine.precision}"
+        f"{_replicas_text(config, world)}\n"
         f"  {recipe.total_steps} steps, {human_count(recipe.total_samples)} samples of "
         f"{recipe.sequence_length} tokens, batch {ramp}, peak rate "
         f"{config.recipe.learning_rate.peak:g}"

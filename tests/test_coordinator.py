@@ -78,7 +78,8 @@ def replica_main(pipe, address, options):
                     elif what == "meet":
                         pipe.send(members.meet(*arguments).replicas.size)
                     elif what == "fail":
-                        pipe.send(members.vote(members.meet(*arguments), False))
+                        while True:
+                            members.vote(members.meet(*arguments), False)
                     else:
                         members.leave()
                         pipe.send("left")
@@ -214,20 +215,22 @@ def test_late_one_is_handed_the_state_and_one_that_leaves_is_not_waited_for(coor
 
 
 def test_killed_between_rounds_and_in_an_exchange(coordinator):
-    with replicas(coordinator, 3) as group:
+    with replicas(coordinator, 3, lost_after=20.0) as group:
         all_do(group, "round", 0)
+        began = time.monotonic()
         group[2].signal(signal.SIGKILL)
         reports = all_do(group[:2], "until commit", 10)
         assert [report["mean"] for report in reports] == [1.5, 1.5]
+        assert time.monotonic() - began < 6
 
         group[0].tell("until commit", 20, 1.0)
         assert group[1].tell("meet", 20).answer() == 2
         began = time.monotonic()
         group[1].signal(signal.SIGKILL)
         assert group[0].answer()["mean"] == 1.0
-        assert time.monotonic() - began < LOST_AFTER + 3
+        assert time.monotonic() - began < 6
         assert group[0].tell("round", 30, 7.0).answer()["mean"] == 7.0
-        assert coordinator.log.read_text().count(" lost, ") == 2
+        assert coordinator.log.read_text().count("it has ended") == 2
 
 
 def test_frozen_one_is_left_behind_and_comes_back(coordinator):
@@ -300,19 +303,14 @@ def test_coordinator_lost_in_an_exchange(coordinator):
         assert [report["mean"] for report in reports] == [1.5, 1.5]
 
 
-def test_rounds_that_always_fail_end_the_run(coordinator):
+def test_who_cannot_be_reached_is_sent_away(coordinator):
     with replicas(coordinator, 2) as group:
         all_do(group, "round", 0)
-        for step in range(1, 5):
-            for replica in group:
-                replica.tell("fail", step)
-            assert [replica.answer() for replica in group] == [False, False]
-        for replica in group:
-            replica.tell("fail", 5)
-        for replica in group:
-            message = replica.answer()
-            assert message.startswith("5 rounds of ")
-            assert "GLOO_SOCKET_IFNAME" in message
+        group[1].tell("fail", 10)
+        assert group[0].tell("until commit", 10, 1.0).answer()["size"] == 1
+        message = group[1].answer()
+        assert "5 rounds in a row of " in message
+        assert "cure: " in message
 
 
 def test_other_runs_and_absent_coordinators_are_refused(coordinator, tmp_path):
@@ -376,6 +374,25 @@ def test_replicas_of_two_ranks(coordinator):
         assert first[3]["changed"]
 
 
+def broken_exchange(pipe, address):
+    with join_world(60) as world:
+        members = Members(section_for(address), world, {}, 20, exchange_seconds=10.0)
+        meeting = members.meet(0)
+        kept = meeting.replicas  # someone may still hold it: it is broken all the same
+        kept.barrier()
+        began = time.monotonic()
+        if kept.rank == 0:
+            time.sleep(3)
+            members.vote(meeting, False)
+        else:
+            with pytest.raises(RuntimeError, match="onnection"):
+                kept.sum(torch.ones(10))
+            members.vote(meeting, False)
+        pipe.send(time.monotonic() - began)
+        pipe.recv()
+        members.leave()
+
+
 def test_who_fails_breaks_the_exchange_of_the_others(coordinator):
     pipes, processes = [], []
     for _ in range(2):
@@ -383,29 +400,11 @@ def test_who_fails_breaks_the_exchange_of_the_others(coordinator):
         processes.append(start_single(broken_exchange, end, coordinator.address))
         pipes.append(pipe)
     assert all(pipe.poll(PATIENCE) for pipe in pipes)
-    assert sorted(pipe.recv() for pipe in pipes) == ["fails", "noticed"]
-    for process in processes:
+    assert all(3 <= pipe.recv() < 5 for pipe in pipes)
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send("go")
         process.join(PATIENCE)
         assert process.exitcode == 0
-
-
-def broken_exchange(pipe, address):
-    with join_world(60) as world:
-        members = Members(section_for(address), world, {}, 20, exchange_seconds=60.0)
-        meeting = members.meet(0)
-        kept = meeting.replicas  # someone may still hold it: it is broken all the same
-        kept.barrier()
-        began = time.monotonic()
-        if kept.rank == 0:
-            time.sleep(1)
-            members.vote(meeting, False)
-            pipe.send("fails")
-        else:
-            with pytest.raises(RuntimeError, match="onnection"):
-                kept.sum(torch.ones(10))
-            members.vote(meeting, False)
-            pipe.send("noticed" if time.monotonic() - began < 10 else "too late")
-        members.leave()
 
 
 def test_replicas_of_one_launch_always_meet():

@@ -209,8 +209,8 @@ def train_with_nans(world, path, steps):
 
     count, honest = iter(range(1, 1000)), ZeroEngine.forward_backward
 
-    def sometimes_nan(engine, rows, batch):
-        stats = honest(engine, rows, batch)
+    def sometimes_nan(engine, *batch):
+        stats = honest(engine, *batch)
         return dataclasses.replace(stats, loss=math.nan) if next(count) in steps else stats
 
     ZeroEngine.forward_backward = sometimes_nan
@@ -243,7 +243,7 @@ def test_console_lines_fit_100_columns(tmp_path):
     from pretrain.observe.observers import Observers
 
     recipe = load("configs/bloom-176b.toml").build_recipe()
-    observers = Observers(Observe(), recipe, tmp_path, False, 1e12, 1e17)
+    observers = Observers(Observe(), recipe, tmp_path, lambda: False, 1e12, 1e17)
     observers._recent_tokens_per_second = 39_900.0
     row = {"step": 64_364, "tokens": 225_280_000_000, "loss": 12.34567, "lr": 5.969e-05,
            "batch_samples": 2048, "grad_norm": 123.456, "tokens_per_second": 39_861.2,
@@ -285,22 +285,26 @@ def test_metrics_drop_steps_that_will_be_repeated(tmp_path):
 
 
 def test_tensorboard_curves_are_unbroken_over_a_resume(tmp_path):
+    import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from pretrain.config import Observe
+    from pretrain.engine.world import World
     from pretrain.engine.zero import StepStats
     from pretrain.guard import Verdict
     from pretrain.observe.observers import Observers
+    from pretrain.sync.base import ReplicaSync
 
     recipe = load(write_config(tmp_path)).build_recipe()
+    alone = ReplicaSync(World(0, 1, torch.device("cpu")))
     for first, last, loss in ((0, 5, 1.0), (3, 6, 2.0)):  # cut after 5, saved at 3
-        observers = Observers(Observe(), recipe, tmp_path, True, 1.0, 1.0)
+        observers = Observers(Observe(), recipe, tmp_path, lambda: True, 1.0, 1.0)
         clock = recipe.clock_at(step=first)
         observers.open(clock)
         while clock.step < last:
             plan = recipe.at(clock)
             clock = recipe.after(clock, plan)
-            observers.record(clock, plan, StepStats(loss, 1.0), Verdict(True), 0.1, None)
+            observers.record(clock, plan, StepStats(loss, 1.0), Verdict(True), 0.1, None, alone)
         observers.close()
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

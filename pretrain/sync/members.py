@@ -17,7 +17,6 @@ from pretrain.sync.links import Board, Heart, Line, Link, own_address, timeout_o
 from pretrain.sync.roster import NEVER, Epoch, Mark, to_epoch, to_mark
 
 _CPU = torch.device("cpu")
-_FAILURES_IN_A_ROW = 5
 _PATIENCE_TO_TELL_SECONDS = 10.0
 
 
@@ -98,8 +97,6 @@ class Members:
         self._mark: Mark = NEVER
         self._line: Line | None = None
         self._group: list[Any] | None = None  # the name of that of the last meeting
-        self._failures, self._why = 0, ""
-        self._failed_with: tuple[str, ...] = ()
         self._heart: Heart | None = None
         self._link = Link(self._address, self._hello)
         self._agree(self._hello())
@@ -112,7 +109,7 @@ class Members:
 
         A first meeting is one of newcomers, but for the one whose step is the greatest.
         Raises LeftBehind where the others went on without this replica, which then comes back as a
-        newcomer, and UserError where replicas do not reach each other.
+        newcomer, and UserError where replicas keep failing to reach each other.
         """
         if newcomer:
             self._mark = NEVER
@@ -128,29 +125,13 @@ class Members:
 
     def vote(self, meeting: Meeting, fine: bool) -> bool:
         """Whether the round counts: the exchange went `fine` for all that are still there. Else all
-        of them meet again. Collective.
-
-        Raises UserError where rounds of the same replicas fail time and again.
-        """
+        of them meet again. Collective."""
         fine = self._all(fine)
-        if not fine:
-            self._hang_up()  # before all else: others may still wait for something from us
         answer = self._agree({"do": "vote", "id": self._key, "epoch": meeting.epoch, "fine": fine})
         if answer["mark"]:
-            self._mark, self._failures = to_mark(answer["mark"]), 0
+            self._mark = to_mark(answer["mark"])
             return True
         self._hang_up()
-        self._failures = self._failures + 1 if self._failed_with == meeting.members else 1
-        self._failed_with = meeting.members
-        if self._failures >= _FAILURES_IN_A_ROW:
-            raise UserError(
-                f"{self._failures} rounds of {', '.join(meeting.members)} failed in a row"
-                f"{': ' * bool(self._why)}{self._why}\n"
-                "  rule: replicas reach each other, not only the coordinator, and answer within "
-                f"{self._exchange_seconds:.0f} s\n"
-                "  cure: open the network between these hosts, name the interface in "
-                "GLOO_SOCKET_IFNAME, or raise sync.lost_after"
-            )
         return False
 
     def leave(self) -> None:
@@ -206,7 +187,8 @@ class Members:
                 try:
                     self._line = self._dial(answer, rank, size, epoch)
                 except (RuntimeError, OSError) as error:
-                    connected, self._why = False, str(error)
+                    connected = False
+                    self._say(f"no connection to the other replicas: {error}")
         group = self._line.group if self._line else None
         meeting = Meeting(
             World(rank, size, _CPU, group),

@@ -18,6 +18,7 @@ Mark = tuple[int, str, int]  # epoch of a member's last round, how many replicas
 NEVER: Mark = (0, "", 0)
 
 TICK_SECONDS = 0.1
+_FAILURES_IN_A_ROW = 5
 _CLOSED_SECONDS = 2.0  # by then a process that has not ended has made new connections
 
 
@@ -90,6 +91,8 @@ class Roster:
         self._facts: dict[str, Any] = {}
         self._round: _Round | None = None
         self._group: tuple[Epoch, list[str]] | None = None  # who still has a process group
+        self._failed: tuple[list[str], int] = ([], 0)  # members of rounds in a row, and how many
+        self._sent_away: dict[str, str] = {}  # why, by member
         self._opened, self._opened_number = 0.0, 0  # when the first one came
         self._ticked = clock()
 
@@ -100,7 +103,7 @@ class Roster:
         key, now = who["id"], self._clock()
         if not self._members:
             self._facts, self._opened, self._opened_number = who["facts"], now, self._number
-        if refusal := self._differences(who):
+        if refusal := self._sent_away.get(key) or self._differences(who):
             return refusal
         if key not in self._members:
             mark = to_mark(who["mark"])
@@ -291,6 +294,8 @@ class Roster:
         if current and current.epoch == epoch and current.outcome is None:
             current.votes[key] = fine
             current.unheard.discard(key)
+            if not fine:
+                self._say(f"round {epoch[0]} failed for {self._names([key])}")
             self._decide(current)
 
     def outcome(self, key: str, epoch: Epoch) -> dict[str, Any] | None:
@@ -311,12 +316,29 @@ class Roster:
         if not all(current.votes.values()) or not (current.unheard or current.votes):
             current.outcome, self._group = False, None
             current.unheard.clear()
+            self._count_failure(current.answer["members"])
         elif not current.unheard:
-            current.outcome = True
+            current.outcome, self._failed = True, ([], 0)
             for key in current.votes.keys() & self._members.keys():
                 self._members[key].mark = (*current.epoch, len(current.votes))
         if current.outcome is not None:
             self._close_round()
+
+    def _count_failure(self, keys: list[str]) -> None:
+        """Who cannot reach each other would try for ever: the last to come has to go."""
+        failed, times = self._failed
+        self._failed = (keys, times + 1 if failed == keys else 1)
+        if self._failed[1] < _FAILURES_IN_A_ROW or keys[-1] not in self._members:
+            return
+        self._sent_away[keys[-1]] = (
+            f"{_FAILURES_IN_A_ROW} rounds in a row of {self._names(keys)} have failed, and this "
+            "replica came last\n"
+            "  rule: replicas reach each other, not only the coordinator, and none is silent for "
+            "longer than sync.lost_after\n"
+            "  cure: open the network between their hosts, name the interface in "
+            "GLOO_SOCKET_IFNAME, or raise sync.lost_after"
+        )
+        self._remove(keys[-1], f"sent away after {_FAILURES_IN_A_ROW} failed rounds")
 
     # --- how those of a round find each other -----------------------------------------------------
 
