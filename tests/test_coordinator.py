@@ -19,7 +19,7 @@ from pretrain.engine.world import World, join_world
 from pretrain.errors import UserError
 from pretrain.quantities import Duration
 from pretrain.sync.coordinator import serve
-from pretrain.sync.members import FixedMembers, LeftBehind, Members, receive, send
+from pretrain.sync.members import LeftBehind, Members, receive, send
 from tests.ranks import _CONTEXT, run_ranks, start_single
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +46,7 @@ def take_round(members, step, value, newcomer=False):
             elif replicas.rank == other:
                 receive(replicas, note, meeting.donor)
         fine = True
-    except RuntimeError:
+    except members.failures:
         fine = False
     commit = members.vote(meeting, fine)
     return {
@@ -405,15 +405,3 @@ def test_who_fails_breaks_the_exchange_of_the_others(coordinator):
         pipe.send("go")
         process.join(PATIENCE)
         assert process.exitcode == 0
-
-
-def test_replicas_of_one_launch_always_meet():
-    world = World(0, 1, torch.device("cpu"))
-    members = FixedMembers(world)
-    assert members.meet(0).changed
-    meeting = members.meet(1)
-    assert (meeting.contributors, meeting.newcomer, meeting.changed) == (1, False, False)
-    assert members.vote(meeting, True)
-    with pytest.raises(RuntimeError, match="step 1: the exchange"):
-        members.vote(meeting, False)
-    members.leave()

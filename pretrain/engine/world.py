@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.engine.heartbeat import Heartbeat, lost_rank_error
 from pretrain.errors import UserError
 
 
@@ -147,7 +148,8 @@ def rows_of_rank(batch_samples: int, world: World) -> tuple[int, int]:
 
 @contextmanager
 def join_world(timeout_seconds: int) -> Iterator[World]:
-    """Join the process group, yield this rank's World, leave in order.
+    """Join the process group, yield this rank's World, leave in order. Where a collective fails for
+    want of a rank, LostRankError names it.
 
     Leaving matters: a process that exits with the group alive ends with code 250.
     """
@@ -167,11 +169,18 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
     dist.distributed_c10d.default_pg_timeout = timeout
     dist.distributed_c10d.default_pg_nccl_timeout = timeout
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    heartbeat = Heartbeat(rank, size) if size > 1 else None
     try:
         world = World(rank, size, device)
         yield world
         world.barrier()  # a rank that left early would tear connections down under the others
+    except RuntimeError as failure:  # as collectives fail
+        if heartbeat and (lost := lost_rank_error(heartbeat, failure)):
+            raise lost from failure
+        raise
     finally:
+        if heartbeat:
+            heartbeat.stop()
         dist.destroy_process_group()
 
 

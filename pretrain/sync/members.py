@@ -1,4 +1,4 @@
-"""Who takes part in a round: all replicas of a launch, or those that meet at a coordinator."""
+"""Who takes part in a round, where replicas are launches of their own that meet at a coordinator."""
 
 import os
 import socket
@@ -39,29 +39,6 @@ class Meeting:
     members: tuple[str, ...]  # "host (id)", by position
 
 
-class FixedMembers:
-    """The replicas of one launch, which nobody leaves or joins."""
-
-    def __init__(self, world: World) -> None:
-        self._replicas, self._first = world.replicas, True
-
-    def meet(self, step: int, newcomer: bool = False) -> Meeting:
-        """All of them, at any step."""
-        changed, self._first = self._first, False
-        size = self._replicas.size
-        names = tuple(f"replica {rank}" for rank in range(size))
-        return Meeting(self._replicas, size, 0, False, changed, (step, ""), names)
-
-    def vote(self, meeting: Meeting, fine: bool) -> bool:
-        """Raises RuntimeError where an exchange has failed: nobody can go on without the others."""
-        if not fine:
-            raise RuntimeError(f"step {meeting.epoch[0]}: the exchange between replicas has failed")
-        return True
-
-    def leave(self) -> None:
-        """Nobody waits for one that leaves: all do."""
-
-
 class Members:
     """A replica that is a launch of its own, among those that meet at the coordinator.
 
@@ -72,6 +49,8 @@ class Members:
 
     Raises UserError where the coordinator cannot be reached or `facts` differ.
     """
+
+    failures: tuple[type[Exception], ...] = (RuntimeError,)  # of an exchange, after which to vote
 
     def __init__(
         self,
