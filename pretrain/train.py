@@ -24,7 +24,7 @@ from pretrain.data.loader import Loader
 from pretrain.engine.deepspeed_setup import sharded_construction
 from pretrain.engine.world import World, join_world, rows_of_rank, split_world
 from pretrain.engine.zero import ZeroEngine
-from pretrain.errors import UserError, exit_code
+from pretrain.errors import CheckpointError, UserError, exit_code
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
 from pretrain.memory import checkpoint_bytes
@@ -87,7 +87,8 @@ def train_run(config: Config, world: World) -> Clock:
         config.observe,
         recipe,
         run_directory,
-        speaks=lambda: world.is_first and engine.sync.leads,
+        first=world.is_first,
+        leads=lambda: engine.sync.leads,
         flops_per_token=flops_per_token(config.model, parameters, config.data.sequence_length),
         peak_flops=_peak_flops(config, world),
     )
@@ -102,7 +103,7 @@ def train_run(config: Config, world: World) -> Clock:
         validate=Validator(held_out, config.validation),
     )
     engine.sync = build_sync(config, engine, members, run.parts)
-    clock = checkpoints.load(newest, engine, run.parts) if newest else Clock()
+    clock, newest = _load_newest(checkpoints, run)
     if world.is_first:
         _announce(config, world, parameters, corpus, clock, newest)
     if recipe.done(clock):
@@ -119,6 +120,19 @@ def train_run(config: Config, world: World) -> Clock:
     if world.is_first:
         print(f"done: step {clock.step}, {human_count(clock.tokens)} tokens -> {run_directory}")
     return clock
+
+
+def _load_newest(checkpoints: Checkpoints, run: Run) -> tuple[Clock, Path | None]:
+    """Take up the newest checkpoint, if there is one: where it was saved, and which it is."""
+    newest = checkpoints.newest()
+    while newest is not None:
+        try:
+            return checkpoints.load(newest, run.engine, run.parts), newest
+        except CheckpointError:
+            # A run that goes on meanwhile, on other replicas, retires its older checkpoints.
+            if newest == (newest := checkpoints.newest()):
+                raise
+    return Clock(), None
 
 
 def checkpoints_of(config: Config, corpus: Corpus, world: World) -> Checkpoints:

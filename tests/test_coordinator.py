@@ -399,9 +399,14 @@ def test_who_fails_breaks_the_exchange_of_the_others(coordinator):
         pipe, end = _CONTEXT.Pipe()
         processes.append(start_single(broken_exchange, end, coordinator.address))
         pipes.append(pipe)
-    assert all(pipe.poll(PATIENCE) for pipe in pipes)
-    assert all(3 <= pipe.recv() < 5 for pipe in pipes)
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send("go")
-        process.join(PATIENCE)
-        assert process.exitcode == 0
+    try:
+        assert all(pipe.poll(PATIENCE) for pipe in pipes)
+        assert all(3 <= pipe.recv() < 5 for pipe in pipes)
+        for pipe in pipes:
+            pipe.send("go")
+        for process in processes:
+            process.join(PATIENCE)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:
+            process.kill()

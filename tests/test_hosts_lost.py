@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,71 @@ def test_a_lost_host_is_named_and_the_run_resumes(tmp_path, method, fault, lost)
     steps = [row["step"] for row in rows_of(tmp_path)]
     assert steps == list(range(1, len(steps) + 1))
     assert "goes on after step" in outputs[0].read_text()
+
+
+class Elastic:
+    """A DiLoCo run of launches on hosts 0 and 1, with its coordinator on host 2."""
+
+    def __init__(self, hosts, folder, **sync):
+        self.hosts, self.folder = hosts, folder
+        section = {"method": "diloco", "every_steps": 4, "coordinator": "h2:29400",
+                   "lost_after": "3 s", **sync}  # fmt: skip
+        self.path = slow_config(folder, section)
+        self.launches = 0
+        self.told = folder / "coordinator.txt"
+        hosts.start(
+            2, [str(Path(sys.executable).parent / "anthesis"), "coordinator"], {}, self.told
+        )
+
+    def start(self, i, *overrides):
+        """A launch on a host; its process and where it writes."""
+        self.launches += 1
+        output = self.folder / f"launch{self.launches}.txt"
+        port = 29500 + self.launches
+        return worker(self.hosts, i, self.path, overrides, output, master=i, port=port), output
+
+    def steps(self):
+        return [row["step"] for row in rows_of(self.folder)]
+
+    def replicas(self):
+        """Of the last step; 1 where the row says nothing of others."""
+        return rows_of(self.folder)[-1].get("replicas", 1)
+
+
+SHORT = ("recipe.train=3600 samples", "recipe.learning_rate.decay=3600 samples")
+
+
+@pytest.mark.parametrize("lost", [1, 0])
+def test_replicas_go_on_without_a_lost_host_and_take_it_back(tmp_path, lost):
+    """Of the two one is the first, which records and saves: either may be lost."""
+    with Hosts(3) as hosts:
+        run = Elastic(hosts, tmp_path)
+        workers = [run.start(i, *SHORT)[0] for i in range(2)]
+        wait_for(lambda: len(run.steps()) > 8 and run.replicas() == 2, "steps of two replicas")
+        hosts.kill(lost)
+        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 15)
+        hosts.boot(lost)
+        back, output = run.start(lost, *SHORT)
+        wait_for(lambda: run.replicas() == 2, "the host being back")
+        for process in (workers[1 - lost], back):
+            assert process.wait(2 * LIMIT_SECONDS) == 0, output.read_text()[-3000:]
+    steps = run.steps()
+    assert steps == list(range(1, len(steps) + 1))
+    rows = rows_of(tmp_path)
+    assert rows[-1]["samples"] > 3590
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.3
+
+
+def test_a_replica_that_was_cut_off_comes_back_by_itself(tmp_path):
+    with Hosts(3) as hosts:
+        run = Elastic(hosts, tmp_path, precision="int8")
+        workers = [run.start(i, *SHORT) for i in range(2)]
+        wait_for(lambda: len(run.steps()) > 8 and run.replicas() == 2, "steps of two replicas")
+        hosts.cut(1)
+        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 15)
+        hosts.restore(1)
+        wait_for(lambda: run.replicas() == 2, "the replica being back")
+        for process, output in workers:
+            assert process.wait(2 * LIMIT_SECONDS) == 0, output.read_text()[-3000:]
+    steps = run.steps()
+    assert steps == list(range(1, len(steps) + 1))

@@ -163,3 +163,18 @@ def test_coordinator_that_was_frozen_gives_nobody_up():
     assert "lost" not in "".join(stage.said)
     stage.wait(31)
     assert "lost, silent for 3" in stage.said[-1]
+
+
+def test_nobody_waits_to_connect_to_one_that_is_lost():
+    stage = Rehearsal()
+    for key in "ab":
+        stage.hello(key)
+        stage.meet(key, 0)
+    epoch = stage.roster.meeting("a")["epoch"]
+    stage.roster.put(epoch, "0", "address of a")
+    assert stage.roster.take(epoch, "0") == {"value": "address of a"}
+    assert stage.roster.take(epoch, "1") is None
+    stage.roster.bye("b")
+    assert "over" in stage.roster.take(epoch, "1")
+    stage.roster.vote("a", epoch, False)
+    assert "over" in stage.roster.take(epoch, "0")

@@ -243,7 +243,7 @@ def test_console_lines_fit_100_columns(tmp_path):
     from pretrain.observe.observers import Observers
 
     recipe = load("configs/bloom-176b.toml").build_recipe()
-    observers = Observers(Observe(), recipe, tmp_path, lambda: False, 1e12, 1e17)
+    observers = Observers(Observe(), recipe, tmp_path, False, lambda: True, 1e12, 1e17)
     observers._recent_tokens_per_second = 39_900.0
     row = {"step": 64_364, "tokens": 225_280_000_000, "loss": 12.34567, "lr": 5.969e-05,
            "batch_samples": 2048, "grad_norm": 123.456, "tokens_per_second": 39_861.2,
@@ -298,7 +298,7 @@ def test_tensorboard_curves_are_unbroken_over_a_resume(tmp_path):
     recipe = load(write_config(tmp_path)).build_recipe()
     alone = ReplicaSync(World(0, 1, torch.device("cpu")))
     for first, last, loss in ((0, 5, 1.0), (3, 6, 2.0)):  # cut after 5, saved at 3
-        observers = Observers(Observe(), recipe, tmp_path, lambda: True, 1.0, 1.0)
+        observers = Observers(Observe(), recipe, tmp_path, True, lambda: True, 1.0, 1.0)
         clock = recipe.clock_at(step=first)
         observers.open(clock)
         while clock.step < last:

@@ -211,8 +211,8 @@ class _Observers(Observers):
     """Also moves the line of progress."""
 
     def __init__(self, config: Config, recipe: Recipe, world: World, progress: Any) -> None:
-        speaks = world.rank == 0
-        super().__init__(config.observe, recipe, config.run_directory, lambda: speaks, 0.0, 1.0)
+        first, always = world.is_first, lambda: True
+        super().__init__(config.observe, recipe, config.run_directory, first, always, 0.0, 1.0)
         self._sequence_length, self._progress = recipe.sequence_length, progress
 
     def record(self, clock: Clock, plan: StepPlan, *rest: Any) -> None:

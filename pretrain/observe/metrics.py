@@ -10,6 +10,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, resume_step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step and resume_step > 0]
+        self.last_step = kept[-1]["step"] if kept else 0
         aside = path.with_suffix(".new")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.rename(path)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from pretrain.quantities import human_count, human_seconds
 from pretrain.recipe import Clock, Recipe, StepPlan
 from pretrain.sync.base import ReplicaSync
 
+_MOST_UNWRITTEN = 2000  # rows; more than steps between meetings
+
 
 class Observers:
-    """Console, metrics.jsonl and TensorBoard, on the rank that `speaks`; it may be another one
-    later, when replicas come and go.
+    """Console, metrics.jsonl and TensorBoard; on other ranks than the `first` they are silent.
+
+    Of several launches that `leads` keeps the records, and may be another one later: so the others
+    remember what they would have written.
 
     `flops_per_token` and `peak_flops` (of all devices of this launch) give the utilisation.
     """
@@ -28,12 +33,14 @@ class Observers:
         config: Observe,
         recipe: Recipe,
         directory: Path,
-        speaks: Callable[[], bool],
+        first: bool,
+        leads: Callable[[], bool],
         flops_per_token: float,
         peak_flops: float,
     ) -> None:
         self._config, self._recipe, self._directory = config, recipe, directory
-        self._speaks = speaks
+        self._first, self._leads = first, leads
+        self._unwritten: deque[dict[str, Any]] = deque(maxlen=_MOST_UNWRITTEN)
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._training_seconds = 0.0
         self._recent_tokens_per_second = 0.0
@@ -42,7 +49,7 @@ class Observers:
 
     def open(self, clock: Clock) -> None:
         """Open the records to go on after `clock`, so that curves are unbroken over a resume."""
-        if self._speaks():
+        if self._first and self._leads():
             self._open(clock.step, clock.tokens)
 
     def _open(self, step: int, tokens: int) -> None:
@@ -55,7 +62,7 @@ class Observers:
 
     def begin(self, clock: Clock, validation_loss: float | None) -> None:
         """Record the loss before the first step."""
-        if self._speaks() and validation_loss is not None:
+        if self._first and validation_loss is not None:
             self._write({"step": 0, "samples": 0, "tokens": 0, "validation_loss": validation_loss})
             print(f"before training: {_validation_text(validation_loss)}", flush=True)
 
@@ -74,10 +81,8 @@ class Observers:
         rate = plan.batch_samples * self._recipe.sequence_length / seconds
         recent = self._recent_tokens_per_second
         self._recent_tokens_per_second = 0.9 * recent + 0.1 * rate if recent else rate
-        if not self._speaks():
+        if not self._first:
             return
-        if self._file is None:  # the rank that spoke before is gone
-            self._open(clock.step - 1, clock.tokens - 1)
         row = {
             "step": clock.step,
             "samples": clock.samples,
@@ -103,7 +108,11 @@ class Observers:
             row["skipped"] = verdict.reason
         if validation_loss is not None:
             row["validation_loss"] = validation_loss
-        self._write(row)
+        if self._leads():
+            self._write(row)
+        else:
+            self.close()
+            self._unwritten.append(row)
         every = self._config.console_every_steps
         if clock.step % every == 0 or row.keys() & {"skipped", "validation_loss"}:
             print(self.line(row), flush=True)
@@ -164,6 +173,7 @@ class Observers:
             self._file.close()
         if self._board:
             self._board.close()
+        self._file = self._board = None
 
     def state(self) -> dict[str, Any]:
         """JSON-able state."""
@@ -174,8 +184,13 @@ class Observers:
         self._training_seconds = state["training_seconds"]
 
     def _write(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            raise RuntimeError("open() comes before the first record")
+        if self._file is None:  # whoever kept the records is gone
+            self._open(row["step"] - 1, row["tokens"] - 1)
+            known = self._file.last_step
+            rows = [late for late in self._unwritten if known < late["step"] < row["step"]]
+            self._unwritten.clear()
+            for late in rows:
+                self._write(late)
         self._file.write(row)
         if self._board:
             for key, value in row.items():

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
+from pretrain.sync.roster import Epoch
+
 _CONNECT_SECONDS = 3.0
 _SILENCE_SECONDS = 5.0  # who waits gets a line each second
 _PAUSE_SECONDS = 0.2
@@ -138,13 +140,13 @@ class Heart:
 class Board(dist.Store):
     """Where those who want to connect find each other's addresses: at the coordinator.
 
-    `stem` goes into each request. Raises RuntimeError where the round is over or an address does
-    not come within `seconds`.
+    Raises RuntimeError where the round of `epoch` is over or an address does not come within
+    `seconds`.
     """
 
-    def __init__(self, address: str, stem: dict[str, Any], prefix: str, seconds: float) -> None:
+    def __init__(self, address: str, epoch: Epoch, prefix: str, seconds: float) -> None:
         super().__init__()
-        self._link, self._stem, self._prefix = Link(address), stem, prefix
+        self._link, self._epoch, self._prefix = Link(address), epoch, prefix
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
 
     def set(self, key: str, value: bytes) -> None:
@@ -165,7 +167,7 @@ class Board(dist.Store):
         self._link.close()
 
     def _ask(self, what: str, key: str, **more: str) -> dict[str, Any]:
-        request = {"do": what, **self._stem, "key": self._prefix + key, **more}
+        request = {"do": what, "epoch": self._epoch, "key": self._prefix + key, **more}
         for answer in self._link.ask(request, self._seconds):
             if isinstance(answer, dict):
                 if "over" in answer or "refused" in answer:

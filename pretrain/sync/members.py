@@ -1,10 +1,11 @@
-"""Who takes part in a round, where replicas are launches of their own that meet at a coordinator."""
+"""Who takes part in a round, where replicas are launches of their own and a coordinator knows."""
 
 import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ class LeftBehind(Exception):
 @dataclass(frozen=True)
 class Meeting:
     """The replicas of a round. The first `contributors` hold the state of the run, the others are
-    given it. `replicas` must not be used after the vote but in the next meeting, unless `changed`.
-    """
+    given it. Only until the vote does a failure among `replicas` do no harm."""
 
     replicas: World
     contributors: int
@@ -59,7 +59,7 @@ class Members:
         facts: dict[str, Any],
         timeout_seconds: float,
         exchange_seconds: float | None = None,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = partial(print, flush=True),
     ) -> None:
         assert section.coordinator is not None
         self._address, self._shard, self._say = section.coordinator, world.shard, say
@@ -131,7 +131,7 @@ class Members:
     def _agree(self, request: dict[str, Any]) -> dict[str, Any]:
         """The coordinator's answer to the first rank, on all ranks.
 
-        They hear of it every few seconds while it waits: a collective of theirs would time out.
+        These hear from the first every few seconds, or their collective would time out.
         """
         talk = self._link.ask(request, self._timeout) if self._shard.is_first else None
         began, told = time.monotonic(), ""
@@ -139,8 +139,8 @@ class Members:
             word = self._shard.gather(next(talk) if talk else None)[0]
             if isinstance(word, dict):
                 break
-            patient = time.monotonic() - began < _PATIENCE_TO_TELL_SECONDS
-            if talk and word != told and not patient:
+            long = time.monotonic() - began > _PATIENCE_TO_TELL_SECONDS
+            if talk and long and word != told:
                 self._say(f"waiting for {word}")
                 told = word
         if "refused" in word:
@@ -182,10 +182,9 @@ class Members:
 
     def _dial(self, answer: dict[str, Any], rank: int, size: int, epoch: Epoch) -> Line:
         place = self._shard.rank
-        stem = {"epoch": epoch}
         peers = [a for position, a in enumerate(answer["addresses"]) if position != rank]
         address = own_address(peers, self._address)
-        board = Board(self._address, stem, f"{place}/", self._exchange_seconds)
+        board = Board(self._address, epoch, f"{place}/", self._exchange_seconds)
         try:
             name = f"replicas {epoch[1]}.{epoch[0]} {place}"
             return Line(name, board, rank, size, address, self._exchange_seconds)
