@@ -43,15 +43,20 @@ def powersgd_elements(
     """Numbers that a shard sends in place of its gradient: r (rows + columns) for each matrix whose
     size is more than `min_compression` times that, all of the others (arXiv 1905.13727).
 
-    ZeRO 1 and 2 give a rank whole matrices, ZeRO 3 a block of rows of each.
+    ZeRO 1 and 2 give a rank whole matrices but for those that two of them share, ZeRO 3 a block of
+    rows of each.
     """
     slices = shards if zero_stage == 3 else 1
     elements = shape.vectors / shards
+    matrices = sum(rows * columns * count for rows, columns, count in shape.matrices)
     for rows, columns, count in shape.matrices:
         factors = rank * (rows / slices + columns)
         whole = rows * columns / slices
         sent = factors if factors * min_compression < whole else whole
         elements += sent * count * slices / shards
+        if slices == 1 and sent < whole:  # each border between shards lies in some matrix
+            share = whole * count / matrices
+            elements += share * (shards - 1) / shards * rank * columns
     return elements
 
 

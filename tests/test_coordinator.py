@@ -19,7 +19,7 @@ from pretrain.engine.world import World, join_world
 from pretrain.errors import UserError
 from pretrain.quantities import Duration
 from pretrain.sync.coordinator import serve
-from pretrain.sync.members import LeftBehind, Members, receive, send
+from pretrain.sync.members import LeftBehind, Members
 from tests.ranks import _CONTEXT, run_ranks, start_single
 
 ROOT = Path(__file__).parents[1]
@@ -39,12 +39,7 @@ def take_round(members, step, value, newcomer=False):
         if meeting.newcomer:
             mean.zero_()
         replicas.sum(mean).div_(meeting.contributors)
-        note = torch.tensor([float(step)])
-        for other in range(meeting.contributors, replicas.size):
-            if replicas.rank == meeting.donor:
-                send(replicas, note, other)
-            elif replicas.rank == other:
-                receive(replicas, note, meeting.donor)
+        note = replicas.share(torch.tensor([float(step)]))
         fine = True
     except members.failures:
         fine = False

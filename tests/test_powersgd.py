@@ -185,6 +185,22 @@ def test_nothing_is_lost_on_ragged_shards():
     assert all(np.array_equal(ranks[1][2][key], q) for key, q in ranks[0][2].items())
 
 
+def test_large_matrices_go_in_pieces():
+    """They have the rank of the approximation, so all of it comes through."""
+    shards = shards_of({"a": (3000, 300), "b": (3000, 300)}, gap=3)
+    mean = PowerSgdMean(section_of(3), shards, ALONE, seed=3)
+    gradient = torch.zeros_like(shards.masters[0])
+    for place in shards.places:
+        generator = torch.Generator().manual_seed(ord(place.name))
+        left = torch.randn(3000, 3, generator=generator)
+        right = torch.randn(3, 300, generator=generator)
+        gradient[place.offset :][: place.length] = (left @ right).view(-1)
+    flat = gradient.clone()
+    mean.average([flat])
+    torch.testing.assert_close(flat, gradient, rtol=0, atol=2e-3)
+    torch.testing.assert_close(mean.errors[0], gradient - flat, rtol=0, atol=1e-5)
+
+
 def test_full_rank_is_the_mean():
     """Whatever the ranks' own are like, and from the first step on."""
     section = section_of(100, least=0.01)
@@ -252,6 +268,8 @@ def test_the_layout_does_not_matter():
 def test_seeds_and_names_differ():
     means = [PowerSgdMean(section_of(2), shards_of(SHAPES), ALONE, seed) for seed in (1, 2)]
     qs = [mean.factors[key] for mean in means for key in ("a/0-40", "b/0-40")]
+    cut = PowerSgdMean(section_of(2), shards_of(SHAPES, {"a": (24, 960)}), ALONE, seed=1)
+    qs.append(cut.factors["a/1-39"])
     for number, q in enumerate(qs):
         assert q.shape == (2, 24)
         assert 0.6 < q.std() < 1.4

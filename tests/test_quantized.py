@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pretrain.config_sync import AllReduce, Quantized
 from pretrain.engine.world import World
@@ -208,6 +209,31 @@ def test_numbers_of_all_sizes(kind, size):
 
 
 # --- exact and bf16 ------------------------------------------------------------------------------
+
+
+def messages_of(world):
+    """Of a plain all-reduce in buckets of 100 numbers: (numbers, whether asynchronous)."""
+    messages, all_reduce = [], dist.all_reduce
+
+    def recorded(tensor, **options):
+        messages.append((len(tensor), options["async_op"]))
+        return all_reduce(tensor, **options)
+
+    dist.all_reduce = recorded
+    average_steps(world, "fp32", False, 1, [250, 30])
+    dist.all_reduce = all_reduce
+    return messages
+
+
+def test_allreduce_goes_in_buckets_that_overlap():
+    assert run_ranks(2, messages_of)[0] == [(n, True) for n in (100, 100, 50, 30)]
+
+
+def test_one_replica_keeps_its_gradients():
+    (gradient,) = gradients_of(0, 0, [50])
+    given = gradient.clone()
+    build(section_of("bf16"), [50], World(0, 1, torch.device("cpu"))).average([gradient])
+    assert torch.equal(gradient, given)
 
 
 def test_allreduce_is_the_mean():

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from pretrain.errors import UserError
@@ -98,7 +97,11 @@ class _Talk(socketserver.StreamRequestHandler):
         self.wfile.write(json.dumps(answer).encode() + b"\n")
 
 
-def serve(host: str, port: int, say: Callable[[str], None] = partial(print, flush=True)) -> None:
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def serve(host: str, port: int, say: Callable[[str], None] = _print) -> None:
     """Be the coordinator until interrupted; port 0 is a free one. `say` is told where it is, who
     comes and goes, and each round that others take part in than in the one before.
 

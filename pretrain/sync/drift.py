@@ -14,21 +14,20 @@ class DriftError(UserError):
     """Replicas that ought to be alike differ."""
 
 
-def compare_replicas(
-    shard: World, replicas: World, shards: Shards, flats: Sequence[Tensor], step: int
-) -> None:
-    """Compare the checksum of each parameter over the replicas; collective.
-
-    `flats` are laid out like the masters. DriftError names the parameters that differ, on all
-    ranks: a checksum is the sum of the bits of all elements, as integers, so any change is seen.
-    """
-    if replicas.size == 1:
-        return
+def checksums(shard: World, shards: Shards, flats: Sequence[Tensor]) -> Tensor:
+    """One of each parameter, int64: the sum of the bits of all its elements, as integers, so that
+    any change is seen. `flats` are laid out like the masters. Collective over the shard group."""
     sums = torch.zeros(len(shards.numbers), dtype=torch.int64, device=shard.device)
     for place in shards.places:
         bits = flats[place.buffer].detach().narrow(0, place.offset, place.length).view(torch.int32)
         sums[shards.numbers[place.name]] += bits.sum(dtype=torch.int64).to(shard.device)
-    everyone = replicas.collect(shard.sum(sums).to(replicas.device))
+    return shard.sum(sums)
+
+
+def compare_replicas(replicas: World, sums: Tensor, shards: Shards, step: int) -> None:
+    """Compare the checksums of the replicas, collective over them. DriftError names the parameters
+    that differ, on all ranks."""
+    everyone = replicas.collect(sums.to(replicas.device))
     differ = (everyone != everyone[0]).any(0)
     if not differ.any():
         return

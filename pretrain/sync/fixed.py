@@ -19,7 +19,6 @@ class FixedMembers:
         return Meeting(
             replicas=replicas,
             contributors=1 if starts else replicas.size,
-            donor=0,
             newcomer=starts and replicas.rank > 0,
             changed=False,
             epoch=(step, ""),

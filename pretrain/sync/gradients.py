@@ -7,7 +7,7 @@ from torch import Tensor
 from pretrain.quantities import Horizon
 from pretrain.recipe import Clock
 from pretrain.sync.base import ReplicaSync
-from pretrain.sync.drift import compare_replicas
+from pretrain.sync.drift import checksums, compare_replicas
 from pretrain.sync.mean import GradientMean
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class GradientSync(ReplicaSync):
         """Compare the replicas; DriftError where they differ. Collective."""
         self._checked = clock
         engine, world = self._engine, self._world
-        compare_replicas(world.shard, world.replicas, engine.shards, engine.masters, clock.step)
+        sums = checksums(world.shard, engine.shards, engine.masters)
+        compare_replicas(world.replicas, sums, engine.shards, clock.step)
 
     def own_state(self) -> dict[str, list[Tensor]]:
         """What compression has not sent yet."""

@@ -220,11 +220,6 @@ class Line:
             dist.destroy_process_group(self.group)
 
 
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long collectives of a gloo group wait for a peer."""
-    return group._get_backend(_CPU).options._timeout
-
-
 def own_address(peers: list[str], coordinator: str) -> str:
     """The address of this host on the way to its peers, given their own as the coordinator sees
     them. One that runs on the coordinator's host looks like 127.0.0.1 from there."""

@@ -5,20 +5,22 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pretrain.config_sync import OuterSection
 from pretrain.engine.world import World
 from pretrain.errors import UserError
-from pretrain.sync.links import Board, Heart, Line, Link, own_address, timeout_of
+from pretrain.sync.links import Board, Heart, Line, Link, own_address
 from pretrain.sync.roster import NEVER, Epoch, Mark, to_epoch, to_mark
 
 _CPU = torch.device("cpu")
 _PATIENCE_TO_TELL_SECONDS = 10.0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 class LeftBehind(Exception):
@@ -28,11 +30,10 @@ class LeftBehind(Exception):
 @dataclass(frozen=True)
 class Meeting:
     """The replicas of a round. The first `contributors` hold the state of the run, the others are
-    given it. Only until the vote does a failure among `replicas` do no harm."""
+    given it by the first of all. Only until the vote does a failure among `replicas` do no harm."""
 
     replicas: World
     contributors: int
-    donor: int  # who hands its state to newcomers
     newcomer: bool  # whether this one is to be given it
     changed: bool  # whether `replicas` is not that of the meeting before
     epoch: Epoch
@@ -59,7 +60,7 @@ class Members:
         facts: dict[str, Any],
         timeout_seconds: float,
         exchange_seconds: float | None = None,
-        say: Callable[[str], None] = partial(print, flush=True),
+        say: Callable[[str], None] = _print,
     ) -> None:
         assert section.coordinator is not None
         self._address, self._shard, self._say = section.coordinator, world.shard, say
@@ -172,7 +173,6 @@ class Members:
         meeting = Meeting(
             World(rank, size, _CPU, group),
             contributors,
-            donor=0,
             newcomer=rank >= contributors,
             changed=changed,
             epoch=epoch,
@@ -195,19 +195,3 @@ class Members:
         if self._line:
             self._line.close()
         self._line = self._group = None
-
-
-def send(world: World, tensor: torch.Tensor, to: int) -> None:
-    """`tensor` to a rank of a world that talks over gloo. Raises RuntimeError where it is gone."""
-    group = world.group or dist.group.WORLD
-    group.send([tensor.detach().to(_CPU).contiguous()], to, 0).wait(timeout_of(group))
-
-
-def receive(world: World, tensor: torch.Tensor, source: int) -> torch.Tensor:
-    """Fill `tensor` with what one rank of a world that talks over gloo sends. Raises RuntimeError
-    where it is gone or silent for long."""
-    group = world.group or dist.group.WORLD
-    here = torch.empty_like(tensor, device=_CPU, memory_format=torch.contiguous_format)
-    group.recv([here], source, 0).wait(timeout_of(group))
-    tensor.detach().copy_(here)
-    return tensor

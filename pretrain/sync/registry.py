@@ -3,9 +3,10 @@
 from typing import Any
 
 from pretrain.config import Config
-from pretrain.config_sync import AllReduce, OuterSection, PowerSgd, Quantized
+from pretrain.config_sync import AllReduce, OuterSection, PowerSgd, Quantized, SyncSection
 from pretrain.engine.world import World
 from pretrain.engine.zero import ZeroEngine
+from pretrain.optim.shards import Shards
 from pretrain.sync.base import ReplicaSync
 from pretrain.sync.fixed import FixedMembers
 from pretrain.sync.gradients import GradientSync
@@ -43,21 +44,24 @@ def build_sync(
 ) -> ReplicaSync:
     """What keeps the replicas of `engine` together; `parts` are what else a replica that joins
     takes over from another."""
-    section, replicas = config.sync, engine.world.replicas
+    section, length = config.sync, config.data.sequence_length
     if isinstance(section, OuterSection):
         assert members is not None
         return OuterSync(section, engine, members, parts)
+    replicas = engine.world.replicas
     if replicas.size == 1:
         return ReplicaSync(engine.world)
-    plain, start = AllReduceMean(AllReduce(), engine.shards, replicas), 0
-    mean: GradientMean
-    if isinstance(section, AllReduce):
-        mean = AllReduceMean(section, engine.shards, replicas)
-    else:
-        assert isinstance(section, PowerSgd | Quantized)
-        start = section.start.samples(config.data.sequence_length)
-        if isinstance(section, PowerSgd):
-            mean = PowerSgdMean(section, engine.shards, replicas, config.seed)
-        else:
-            mean = QuantizedMean(section, engine.shards, replicas)
+    start = section.start.samples(length) if isinstance(section, PowerSgd | Quantized) else 0
+    mean = mean_of(section, engine.shards, replicas, config.seed)
+    plain = AllReduceMean(AllReduce(), engine.shards, replicas)
     return GradientSync(engine, mean, plain, start, config.mesh.check_every)
+
+
+def mean_of(section: SyncSection, shards: Shards, replicas: World, seed: int) -> GradientMean:
+    """How gradients are averaged over replicas at each step."""
+    if isinstance(section, PowerSgd):
+        return PowerSgdMean(section, shards, replicas, seed)
+    if isinstance(section, Quantized):
+        return QuantizedMean(section, shards, replicas)
+    assert isinstance(section, AllReduce)
+    return AllReduceMean(section, shards, replicas)

@@ -7,6 +7,7 @@ all that the others have at the beginning of a round, and ends it like them.
 """
 
 import json
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pretrain.config_sync import OuterSection
 from pretrain.engine.world import World
 from pretrain.recipe import Clock
 from pretrain.sync.base import ReplicaSync
-from pretrain.sync.drift import compare_replicas
+from pretrain.sync.drift import checksums, compare_replicas
 from pretrain.sync.fixed import FixedMembers
 from pretrain.sync.members import LeftBehind, Meeting, Members
 from pretrain.sync.outer import OuterWeights
@@ -109,7 +110,7 @@ class OuterSync(ReplicaSync):
             if under_way or self._members.vote(entered.meeting, self._fine(entered)):
                 self._round = entered
         if self._round.landing <= now.step:
-            self._take_step(now)
+            self._take_step()
         return now
 
     def _land(self, clock: Clock) -> None:
@@ -121,7 +122,7 @@ class OuterSync(ReplicaSync):
                 clock, current.part, current.gradient, clock.step, current.meeting.newcomer
             )
         self._round = current
-        self._take_step(clock)
+        self._take_step()
 
     def _open(
         self, clock: Clock, part: int | None, gradient: Tensor, landing: int, newcomer: bool = False
@@ -130,12 +131,19 @@ class OuterSync(ReplicaSync):
         meeting = self._members.meet(clock.step, newcomer)
         current = _Round(meeting, part, gradient, Future(), landing)
         self._take_place(meeting)
+        fine = True
+        if meeting.contributors < meeting.replicas.size:
+            clock, fine = self._share_state(current, clock)
+        # Ranks of a shard group must not wait for each other where only some of them may fail.
+        sums = checksums(self._world.shard, self._engine.shards, self._outer.weights)
         try:
-            if meeting.contributors < meeting.replicas.size:
-                clock = self._share_state(current, clock)
-            current.mean = self._thread.submit(self._mean, current)
+            if not fine:
+                raise RuntimeError("the state of the run was not handed over")
+            compare_replicas(meeting.replicas, sums, self._engine.shards, clock.step)
         except self._members.failures as failure:
             current.mean.set_exception(failure)
+        else:
+            current.mean = self._thread.submit(self._mean, current)
         return current, clock
 
     def _take_place(self, meeting: Meeting) -> None:
@@ -169,7 +177,7 @@ class OuterSync(ReplicaSync):
             return False
         return True
 
-    def _take_step(self, clock: Clock) -> None:
+    def _take_step(self) -> None:
         """The outer step of the round that has ended."""
         current, self._round = self._round, None
         assert current is not None
@@ -185,14 +193,13 @@ class OuterSync(ReplicaSync):
                 outer.shift(part, exported, engine.masters)
                 outer.shift(part, exported, bases)
             engine.refresh_weights()
-        replicas = current.meeting.replicas
-        compare_replicas(self._world.shard, replicas, engine.shards, outer.weights, clock.step)
 
     # --- who joins --------------------------------------------------------------------------------
 
-    def _share_state(self, current: _Round, clock: Clock) -> Clock:
-        """Give newcomers all that the first replica has; the clock of those who train."""
-        engine, replicas = self._engine, current.meeting.replicas
+    def _share_state(self, current: _Round, clock: Clock) -> tuple[Clock, bool]:
+        """Give newcomers all that the first replica has; the clock of those who train, and whether
+        all ranks of this replica came through."""
+        engine, newcomer = self._engine, current.meeting.newcomer
         note = {
             "clock": asdict(clock),
             "part": current.part,
@@ -201,23 +208,39 @@ class OuterSync(ReplicaSync):
             "scalars": engine.optimizer_scalars(),
             "parts": {name: part.state() for name, part in self._parts.items()},
         }
-        note = _share_note(replicas, note)
-        newcomer = current.meeting.newcomer
-        if newcomer and note["stepped"]:
+        told: dict[str, Any] = {}
+        if not self._all_fine(lambda: told.update(_share_note(current.meeting.replicas, note))):
+            return clock, False
+        if newcomer and told["stepped"]:
             engine.materialize_state()
-        for tensor in [*engine.state_tensors(), *self._outer.weights, *self._outer.momentum]:
-            for piece in tensor.detach().view(-1).split(_PIECE_ELEMENTS):
-                # Those who have it take part, so that nobody waits for longer than for a piece.
-                replicas.share(piece if newcomer or replicas.rank == 0 else piece.clone())
+        if not self._all_fine(lambda: self._share_tensors(current.meeting)):
+            return clock, False
         if newcomer:
-            engine.loaded(note["scalars"])
+            engine.loaded(told["scalars"])
             for name, part in self._parts.items():
-                part.load_state(note["parts"][name])
-            current.part, current.landing = note["part"], note["landing"]
+                part.load_state(told["parts"][name])
+            current.part, current.landing = told["part"], told["landing"]
             if current.part is not None:
                 length = sum(length for *_, length in self._outer.parts[current.part])
                 current.gradient = torch.zeros(length)
-        return Clock(**note["clock"])
+        return Clock(**told["clock"]), True
+
+    def _all_fine(self, exchange: Callable[[], None]) -> bool:
+        """Whether an exchange between replicas went well for all ranks of the shard group."""
+        fine = True
+        try:
+            exchange()
+        except self._members.failures:
+            fine = False
+        return all(self._world.shard.gather(fine))
+
+    def _share_tensors(self, meeting: Meeting) -> None:
+        tensors = [*self._engine.state_tensors(), *self._outer.weights, *self._outer.momentum]
+        for tensor in tensors:
+            for piece in tensor.detach().view(-1).split(_PIECE_ELEMENTS):
+                # Those who have it take part, so that nobody waits for longer than for a piece.
+                takes = meeting.newcomer or meeting.replicas.rank == 0
+                meeting.replicas.share(piece if takes else piece.clone())
 
     # --- state ------------------------------------------------------------------------------------
 
