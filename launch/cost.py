@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from launch.clusters import Cluster, Link
 from pretrain.config_optim import Muon
+from pretrain.config_sync import AllReduce, OuterSection, PowerSgd, SyncSection
 from pretrain.errors import UserError
 from pretrain.memory import Layout
 from pretrain.sizes import ModelShape
@@ -92,9 +93,24 @@ def step_cost(shape: ModelShape, layout: Layout, cluster: Cluster, batch_samples
         group = Group(layout.replicas, cluster.devices_per_node, consecutive=False)
         sent = sync_bytes(layout.sync, shape, layout.zero_stage, layout.shards, layout.replicas)
         once = (layout.replicas - 1) / layout.replicas
-        messages = 2 / getattr(layout.sync, "every_steps", 1)
-        sync = group.seconds(cluster, sent / once, messages, layout.shards)
+        every = getattr(layout.sync, "every_steps", 1)
+        sync = group.seconds(cluster, sent / once, 2 / every, layout.shards)
+        sync += _compression_traffic(layout.sync) * count / layout.shards / memory_speed / every
     return StepCost(compute, optimizer, zero, sync, 1 - batch_samples / (rows * layout.ranks))
+
+
+def _compression_traffic(sync: SyncSection) -> int:
+    """Bytes that pass through memory for a parameter of this rank and exchange, besides messages.
+
+    PowerSGD: a gradient is added to the error (12), read by two products (8), written and taken
+    from the error (12). Quantising: the same sum, its scale, its codes, what they miss; adding up,
+    and both once more for the mean. Outer steps: two operands, momentum and weights, masters.
+    """
+    if isinstance(sync, OuterSection):
+        return 36
+    if isinstance(sync, AllReduce):
+        return 0 if sync.precision == "fp32" else 20
+    return 32 if isinstance(sync, PowerSgd) else 56
 
 
 def _orthogonalisation_seconds(shape: ModelShape, layout: Layout, cluster: Cluster) -> float:

@@ -5,19 +5,20 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from launch.cli import main as anthesis
-from launch.clusters import load_cluster
+from launch.clusters import Link, load_cluster
 from launch.cost import step_cost
 from launch.plan import Plan, daly_interval
 from pretrain.config import BloomModel, Engine
 from pretrain.config_file import load
 from pretrain.config_optim import AdamW
-from pretrain.config_sync import AllReduce
+from pretrain.config_sync import AllReduce, parse_sync
 from pretrain.memory import Layout, memory
 from pretrain.sizes import shape_of
 from tests.ranks import run_ranks
@@ -290,6 +291,21 @@ def test_replicas_of_a_node_share_its_links(capsys):
     assert plan.final_cost.sync_communication == pytest.approx(
         sent / (link.gbytes_per_s * 1e9) + 2 * link.latency_us * 1e-6
     )
+
+
+def test_compression_costs_time_of_its_own():
+    plan = plan_of("configs/bloom-1b1.toml", H100, nodes=4)
+    fast = plan.cluster.network.model_copy(
+        update={"between": Link(gbytes_per_s=1e6, latency_us=0.001)}
+    )
+    plan = replace(plan, cluster=plan.cluster.model_copy(update={"network": fast}))
+    seconds = [
+        plan.with_replicas(8, parse_sync(text)).final_cost.sync_communication
+        for text in ("allreduce", "diloco:10", "powersgd:4", "int8")
+    ]
+    assert seconds == sorted(seconds)
+    expected = 32 * plan.shape.parameters / 8 / (plan.cluster.device.memory_gbytes_per_s * 1e9)
+    assert seconds[2] == pytest.approx(expected, rel=0.05)
 
 
 def test_save_interval_loses_least():

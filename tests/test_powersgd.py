@@ -197,7 +197,7 @@ def test_large_matrices_go_in_pieces():
         gradient[place.offset :][: place.length] = (left @ right).view(-1)
     flat = gradient.clone()
     mean.average([flat])
-    torch.testing.assert_close(flat, gradient, rtol=0, atol=2e-3)
+    assert distance(flat.numpy(), gradient.numpy()) <= 1e-4
     torch.testing.assert_close(mean.errors[0], gradient - flat, rtol=0, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pretrain.config_sync import AllReduce, Quantized
 from pretrain.engine.world import World
 from pretrain.optim.shards import Shards
-from pretrain.sync.mean import AllReduceMean, piece_elements
+from pretrain.sync.mean import AllReduceMean, Bfloat16, piece_elements
 from pretrain.sync.quantized import Levels, QuantizedMean, quantized_bytes, quantized_mean
 from tests.ranks import run_ranks
 
@@ -229,6 +229,15 @@ def test_allreduce_goes_in_buckets_that_overlap():
     assert run_ranks(2, messages_of)[0] == [(n, True) for n in (100, 100, 50, 30)]
 
 
+def test_bf16_and_what_it_leaves_are_the_number():
+    values = torch.randn(2, BLOCK, generator=torch.Generator().manual_seed(0))
+    fields = [f[0] for f in Bfloat16().fields(torch.zeros(1, 4 * BLOCK, dtype=torch.uint8))]
+    rest = values.clone()
+    Bfloat16().encode(rest, fields, True)
+    assert torch.equal(fields[0], values.bfloat16())
+    assert torch.equal(rest + fields[0].float(), values)
+
+
 def test_one_replica_keeps_its_gradients():
     (gradient,) = gradients_of(0, 0, [50])
     given = gradient.clone()
@@ -264,10 +273,6 @@ class CountingWorld(World):
     def transpose(self, tensor):
         self.calls.append(tensor.nbytes * (self.size - 1) // self.size)
         return super().transpose(tensor)
-
-    def collect(self, row):
-        self.calls.append(row.nbytes * (self.size - 1))
-        return super().collect(row)
 
 
 def count_bytes(world, lengths):

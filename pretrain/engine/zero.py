@@ -305,8 +305,10 @@ class ZeroEngine:
     def materialize_state(self) -> None:
         """Create the optimizer's states (which appear at its first step) to be loaded into.
 
-        A step with rate and gradient zero does it for any optimizer; the masters stay as they are.
+        A step with rate and gradient zero does it for any optimizer; the masters stay as they are,
+        and so do the settings of the groups, such as a count of steps.
         """
+        settings = [dict(group) for group in self.optimizer.param_groups]
         masters = [master.detach().clone() for master in self.masters]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = 0.0, 0.0
@@ -316,6 +318,8 @@ class ZeroEngine:
         for master, before in zip(self.masters, masters, strict=True):
             master.grad = None
             master.copy_(before)
+        for group, before in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(before)
 
     @torch.no_grad()
     def loaded(self, scalars: dict[str, float]) -> None:

@@ -136,7 +136,8 @@ class Exchange:
         if not self._message_bytes:
             return
         codec, replicas = self._codec, self._replicas
-        messages = torch.empty(
+        # Zeros: blocks that small tensors leave unused would else pass for numbers not finite.
+        messages = torch.zeros(
             replicas.size, self._message_bytes, dtype=torch.uint8, device=flats[0].device
         )
         fields = codec.fields(messages)
@@ -145,8 +146,11 @@ class Exchange:
             if errors:
                 values.add_(piece.cut(errors))
             self._encode(values, piece.part(fields, piece.row), bool(errors))
-        mean = self._mean(codec.fields(replicas.transpose(messages)), flats if errors else [])
-        fields = codec.fields(replicas.collect(mean))
+        self._mean(codec.fields(replicas.transpose(messages)), fields, flats if errors else [])
+        # The mean goes to all as messages of their own: gloo gathers thrice as slowly.
+        for row in set(range(replicas.size)) - {replicas.rank}:
+            messages[row] = messages[replicas.rank]
+        fields = codec.fields(replicas.transpose(messages))
         # All replicas look at the same numbers, so they agree; and no one waits for a device.
         finite = fields[-1].isfinite().all() if errors else None
         for piece in self._pieces:
@@ -156,23 +160,20 @@ class Exchange:
                 torch.where(finite, values, error, out=error)
             self._decode(piece.part(fields, piece.row), values)
 
-    def _mean(self, fields: list[Tensor], rests: list[Tensor]) -> Tensor:
-        """This rank's message to all: the mean of what it got. What is lost by it is added to
-        `rests`, where it counts once and the others' errors an n-th: n times."""
+    def _mean(self, received: list[Tensor], sent: list[Tensor], rests: list[Tensor]) -> None:
+        """Write the mean of what this rank received in place of the message it sent to itself.
+        What is lost by it is added to `rests`, where it counts once and the others' errors an n-th:
+        n times."""
         size, own = self._replicas.size, self._replicas.rank
-        # Zeros: a small tensor leaves blocks unused, which all look at to see whether it is finite.
-        mean = torch.zeros(1, self._message_bytes, dtype=torch.uint8, device=fields[0].device)
-        mean_fields = self._codec.fields(mean)
         for piece in self._pieces:
             if piece.row == own:
-                part = piece.part(mean_fields, 0)
-                total = torch.zeros(len(part[0]), SCALE_BLOCK, device=mean.device)
+                part = piece.part(sent, own)
+                total = torch.zeros(len(part[0]), SCALE_BLOCK, device=part[0].device)
                 for row in range(size):
-                    self._codec.add(piece.part(fields, row), total)
+                    self._codec.add(piece.part(received, row), total)
                 self._codec.encode(total.div_(size), part, bool(rests))
                 if rests:
                     piece.cut(rests).add_(total.view(-1)[: piece.length], alpha=size)
-        return mean[0]
 
     def _encode(self, values: Tensor, fields: list[Tensor], keep_rest: bool) -> None:
         if len(values) % SCALE_BLOCK == 0:
