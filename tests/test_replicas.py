@@ -24,12 +24,16 @@ METHODS = {
     "diloco streamed": {"every_steps": 6, "parts": 2, "delay_steps": 2, "mix": 0.5},
     "localsgd": {"every_steps": 3},
 }
+# ZeRO 2 in bf16 hands gradients over in the order in which they were ready.
+ENGINES = {"quantized": (2, "bf16"), "powersgd": (3, "fp32"), "diloco streamed": (2, "bf16")}
 OPTIMIZERS = {"diloco": "schedulefree", "localsgd": "muon", "powersgd": "lamb"}  # else AdamW
 
 
 def config_of(folder, name, **changes):
     section = {"method": name.split()[0], **METHODS[name]}
-    return write_config(folder, sync=section, validation={}, **changes)
+    stage, precision = ENGINES.get(name, (1, "fp32"))
+    engine = {"zero_stage": stage, "precision": precision, "micro_batch_samples": 2}
+    return write_config(folder, **{"sync": section, "validation": {}, "engine": engine, **changes})
 
 
 def optimizer_of(name):

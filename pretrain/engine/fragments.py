@@ -125,7 +125,7 @@ class FragmentMap:
         """The flat gradient of each group, where there is one now."""
         averaged = self._zero.averaged_gradients
         flats = {}
-        for group, gradients in averaged.items():
+        for group, gradients in sorted(averaged.items()):
             if gradients is not None:
                 flats[group] = getattr(gradients, "flat_partition", None)
                 if flats[group] is None:
@@ -143,7 +143,7 @@ class FragmentMap:
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         averaged = self._zero.averaged_gradients
-        for group, gradients in averaged.items():
+        for group, gradients in sorted(averaged.items()):
             if getattr(gradients, "flat_partition", None) is None:
                 # Where the ranks talk, which with offload is not where the masters are.
                 flat = torch.zeros(self.masters[group].shape, device=self._device)

@@ -92,9 +92,3 @@ def quantized_mean(flat: Tensor, replicas: World, bits: int) -> Tensor:
     mean = flat.clone()
     Exchange([len(flat)], replicas, Levels(bits)).average([mean], [])
     return mean
-
-
-def quantized_bytes(elements: int, replicas: int, bits: int) -> int:
-    """Bytes that `quantized_mean` sends from each rank."""
-    blocks = -(-elements // (replicas * SCALE_BLOCK))
-    return 2 * (replicas - 1) * blocks * Levels(bits).block_bytes

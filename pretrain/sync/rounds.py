@@ -254,7 +254,7 @@ class OuterSync(ReplicaSync):
         state = {"outer.momentum": self._outer.momentum} if self._outer.momentum else {}
         if self._section.delay_steps:
             self._pending = [torch.zeros_like(flat) for flat in self._outer.weights]
-            if self._round and self._round.part is not None:
+            if self._round and self._round.part is not None and self._fine(self._round):
                 self._outer.place(self._round.part, self._round.mean.result(), self._pending)
             state["outer.pending"] = self._pending
         return state
