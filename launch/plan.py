@@ -333,7 +333,9 @@ class Plan:
         reliability = self.cluster.reliability
         if reliability is None:
             return None
-        size = checkpoint_bytes(self.shape, self.config.optimizer)
+        size = checkpoint_bytes(
+            self.shape, self.config.optimizer, self.layout.sync, self.layout.replicas
+        )
         save = size / (reliability.write_gbytes_per_s * 1e9)
         between_failures = reliability.node_mtbf_days * 86400 / self.cluster.nodes
         interval = daly_interval(save, between_failures)

@@ -61,7 +61,7 @@ def train(run: Run, clock: Clock) -> Clock:
                 raise RuntimeError(f"step {clock.step}: applied {engine.applied()}, not {plan}")
         else:
             engine.discard()
-        clock = engine.sync.stepped(clock)
+        clock = engine.sync.stepped(clock, last=recipe.done(clock))
         seconds = time.perf_counter() - began
         leads, loss = engine.sync.leads, None
         if leads and run.validate.due(before, clock, recipe):

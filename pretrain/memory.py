@@ -7,7 +7,7 @@ What DeepSpeed 0.19.8 holds as `pretrain.engine` runs it was read off its reside
 from dataclasses import dataclass, field
 
 from pretrain.config_optim import AdamW, OptimizerSection
-from pretrain.config_sync import AllReduce, SyncSection
+from pretrain.config_sync import AllReduce, OuterSection, SyncSection
 from pretrain.sizes import ModelShape
 from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS, sync_state_bytes
 
@@ -91,11 +91,21 @@ def host_memory(shape: ModelShape, layout: Layout) -> dict[str, int]:
     }
 
 
-def checkpoint_bytes(shape: ModelShape, optimizer: OptimizerSection) -> int:
-    """Bytes of a checkpoint: fp32 masters, and their average if one is kept, and states."""
+def checkpoint_bytes(
+    shape: ModelShape,
+    optimizer: OptimizerSection,
+    sync: SyncSection | None = None,
+    replicas: int = 1,
+) -> int:
+    """Bytes of a checkpoint: fp32 masters, and their average if one is kept, and states; of each
+    replica what it has of its own."""
     masters = 2 if optimizer.facts.averages else 1
     states = optimizer.state_numbers(shape.hidden_matrices, shape.others)
-    return int(4 * (masters * shape.parameters + states))
+    if isinstance(sync, OuterSection):  # outer weights are the masters there
+        outer = 2 if sync.outer[1] else 1
+        return int(4 * (outer * shape.parameters + replicas * (shape.parameters + states)))
+    errors = replicas * sync_state_bytes(sync, shape.parameters, 1) if sync and replicas > 1 else 0
+    return int(4 * (masters * shape.parameters + states)) + errors
 
 
 def initial_bytes(shape: ModelShape, layout: Layout) -> int:

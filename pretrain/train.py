@@ -82,7 +82,7 @@ def train_run(config: Config, world: World) -> Clock:
     engine = build_engine(config, world)
     parameters = engine.parameter_count()
     if world.is_first:
-        _check_space(config, resuming=newest is not None)
+        _check_space(config, world.replicas.size, resuming=newest is not None)
     observers = Observers(
         config.observe,
         recipe,
@@ -205,9 +205,9 @@ def _save_config(config: Config) -> None:
     saved.with_suffix(".new").rename(saved)
 
 
-def _check_space(config: Config, resuming: bool) -> None:
+def _check_space(config: Config, replicas: int, resuming: bool) -> None:
     """Refuse to begin where two checkpoints (one more, if there is one) do not fit."""
-    size = checkpoint_bytes(model_shape(config.model), config.optimizer)
+    size = checkpoint_bytes(model_shape(config.model), config.optimizer, config.sync, replicas)
     needed = size if resuming else 2 * size
     free = shutil.disk_usage(config.run_directory).free
     if free < needed:

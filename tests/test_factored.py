@@ -353,7 +353,9 @@ def load_elsewhere(world, stage, path, scalars):
     engine, found = new_engine(world, stage, BOTH[0]), []
     for section, numbers in zip(BOTH, scalars, strict=True):
         engine.use_optimizer(section)
-        dcp.load(to_load(path / section.name, engine), checkpoint_id=path / section.name)
+        entries, finish = to_load(path / section.name, engine)
+        dcp.load(entries, checkpoint_id=path / section.name)
+        finish()
         engine.loaded(numbers)
         found.append((engine.optimizer_scalars(), wholes_of(engine)))
     return found

@@ -114,7 +114,7 @@ def test_replicas_go_on_without_a_lost_host_and_take_it_back(tmp_path, lost):
         workers = [run.start(i, *SHORT)[0] for i in range(2)]
         wait_for(lambda: len(run.steps()) > 8 and run.replicas() == 2, "steps of two replicas")
         hosts.kill(lost)
-        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 15)
+        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 30)
         hosts.boot(lost)
         back, output = run.start(lost, *SHORT)
         wait_for(lambda: run.replicas() == 2, "the host being back")
@@ -133,7 +133,7 @@ def test_a_replica_that_was_cut_off_comes_back_by_itself(tmp_path):
         workers = [run.start(i, *SHORT) for i in range(2)]
         wait_for(lambda: len(run.steps()) > 8 and run.replicas() == 2, "steps of two replicas")
         hosts.cut(1)
-        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 15)
+        wait_for(lambda: run.replicas() == 1, "steps of the other alone", 30)
         hosts.restore(1)
         wait_for(lambda: run.replicas() == 2, "the replica being back")
         for process, output in workers:

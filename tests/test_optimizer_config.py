@@ -8,6 +8,7 @@ from launch.cost import step_cost
 from pretrain.config import BloomModel
 from pretrain.config_file import load
 from pretrain.config_optim import AdamW, AdEmaMix, Lamb, Muon, OptimizerSection, Sgd, Sgdw, Soap
+from pretrain.config_sync import DiLoCo, LocalSgd, PowerSgd
 from pretrain.errors import ConfigError
 from pretrain.memory import Layout, checkpoint_bytes, host_memory, memory
 from pretrain.observe.metrics import read_metrics
@@ -200,6 +201,11 @@ def test_memory_and_checkpoints_follow_the_optimizer():
     assert checkpoint_bytes(shape, by_name["adamw"]) == 12 * shape.parameters
     # trained weights and their average
     assert checkpoint_bytes(shape, by_name["schedulefree"]) == 16 * shape.parameters
+    adamw, count = by_name["adamw"], shape.parameters
+    assert checkpoint_bytes(shape, adamw, PowerSgd(), 1) == 12 * count
+    assert checkpoint_bytes(shape, adamw, PowerSgd(), 3) == (12 + 3 * 4) * count
+    assert checkpoint_bytes(shape, adamw, DiLoCo(), 2) == (8 + 2 * 12) * count
+    assert checkpoint_bytes(shape, adamw, LocalSgd(), 2) == (4 + 2 * 12) * count
 
 
 def test_offload_moves_masters_and_states_to_the_host():

@@ -52,8 +52,9 @@ class ReplicaSync:
         """Meet the other replicas before the first step; where to go on. Collective."""
         return clock
 
-    def stepped(self, clock: Clock) -> Clock:
-        """The step that ended at `clock` is done; where to go on. Collective."""
+    def stepped(self, clock: Clock, last: bool = False) -> Clock:
+        """The step that ended at `clock` is done, the `last` one of the run or not; where to go on.
+        Collective."""
         return clock
 
     def check(self, clock: Clock) -> None:

@@ -47,7 +47,7 @@ class GradientSync(ReplicaSync):
             mean.average(gradients)
         self.sent_bytes = mean.sent_bytes
 
-    def stepped(self, clock: Clock) -> Clock:
+    def stepped(self, clock: Clock, last: bool = False) -> Clock:
         """Compare the replicas where it is due."""
         if self._check_every and self._check_every.crossed(self._checked, clock):
             self.check(clock)

@@ -78,17 +78,18 @@ class OuterSync(ReplicaSync):
         self._pending = []
         return clock
 
-    def stepped(self, clock: Clock) -> Clock:
-        """End the round that is due to end after this step, begin the one that is due to begin."""
+    def stepped(self, clock: Clock, last: bool = False) -> Clock:
+        """End the round that is due to end after this step, begin the one that is due to begin;
+        after the `last` step all parts have a round, so that no step is lost."""
         self.sent_bytes = 0
         with self._timed(on_device=False):
             try:
-                if self._round and self._round.landing <= clock.step:
+                if self._round and (last or self._round.landing <= clock.step):
                     self._land(clock)
                 for part in range(self._section.parts):
-                    if self._due(part, clock.step):
+                    if last or self._due(part, clock.step):
                         gradient = self._outer.difference(part, self._engine.exported())
-                        landing = clock.step + self._section.delay_steps
+                        landing = clock.step + (0 if last else self._section.delay_steps)
                         self._round, _ = self._open(clock, part, gradient, landing)
                         if landing == clock.step:
                             self._land(clock)
