@@ -87,17 +87,19 @@ def _on_links(links: list[Link], delay: float) -> list[dict[str, Any]]:
         ]  # fmt: skip
         for link in links:
             for method in [*METHODS, *ROUNDS]:
-                for i in range(2):
-                    hosts.shape(i, link.rate)
                 order = talk / "order.json"
                 steps = 1 if link.rate else MEASURED  # a slow link's time is that of the message
                 order.with_suffix(".new").write_text(json.dumps({"method": method, "steps": steps}))
                 order.with_suffix(".new").rename(order)
                 _await(talk / "ready", workers)
+                for i in range(2):
+                    hosts.shape(i, link.rate)
                 before = hosts.sent_bytes(0)
                 (talk / "go").touch()
                 answer = json.loads(_await(talk / "done", workers))
                 answer["bytes"] = (hosts.sent_bytes(0) - before) / steps
+                for i in range(2):
+                    hosts.shape(i, None)
                 found.append({"link": link.name, "method": method, **answer})
                 print(json.dumps(found[-1]), flush=True)
         for worker in workers:
@@ -319,6 +321,9 @@ def _draw(rows: dict[str, dict[str, Any]], losses: dict[str, dict[str, Any]]) ->
     right.set(yscale="log", ylabel="seconds a step",
               title="Time against bandwidth (98M parameters, two hosts)")  # fmt: skip
     right.set_xticks(range(3), names)
+    seconds = [3, 5, 10, 20, 40]
+    right.set_yticks(seconds, [str(number) for number in seconds])
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     handles, labels = [], []

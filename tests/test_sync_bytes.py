@@ -97,5 +97,7 @@ def test_bytes_are_what_was_planned(tmp_path, stage, shards):
     for method, (sent, told) in found.items():
         section = parse_sync(method)
         planned = sync_bytes(section, shape, stage, shards, 2) * getattr(section, "every_steps", 1)
-        assert sent - other == pytest.approx(shards * planned, rel=0.02), method
+        # Small messages have many headers: of 98M parameters they are below 0.6% for all methods.
+        allowed = max(0.02 * planned, 4_000)
+        assert sent - other == pytest.approx(shards * planned, abs=shards * allowed), method
         assert told == pytest.approx(planned, rel=0.02), method
