@@ -185,11 +185,9 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _coordinator(options: argparse.Namespace) -> None:
-    from functools import partial
-
     from pretrain.sync.coordinator import serve
 
-    serve(options.host, options.port, partial(print, flush=True))
+    serve(options.host, options.port)
 
 
 def _train(options: argparse.Namespace) -> int:

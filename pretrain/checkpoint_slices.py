@@ -72,7 +72,7 @@ def to_save(engine: ZeroEngine) -> dict[str, Slice]:
     offer is written once.
     """
     sync, own = engine.sync, _prefix(engine.world.replicas.rank)
-    alike = "" if sync.together is engine.world else own
+    alike = "" if sync.in_step else own
     entries = {alike + key: value for key, value in _optimizer_entries(engine).items()}
     pairs = engine.trained_and_averaged()
     for fragment, (trained, averaged) in zip(engine.fragments(), pairs, strict=True):
@@ -97,7 +97,7 @@ def to_load(path: Path, engine: ZeroEngine) -> tuple[dict[str, Slice], Callable[
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     sync, replica = engine.sync, engine.world.replicas.rank
     # A replica that was not there takes up what one of the others had.
-    alike = "" if sync.together is engine.world else _prefix(replica % _replicas_of(saved, "opt"))
+    alike = "" if sync.in_step else _prefix(replica % _replicas_of(saved, "opt"))
     # States appear at an optimizer's first step; before it there is nothing to read.
     stepped = any(key.startswith("optimizer.") for key in saved)
     if stepped:

@@ -26,15 +26,19 @@ def sync_bytes(
     if isinstance(sync, PowerSgd):
         sent = powersgd_elements(sync.rank, shape, zero_stage, shards, sync.min_compression)
         return 2 * once * 4 * sent
-    bits, every = sync_bits(sync), getattr(sync, "every_steps", 1)
-    width = bits / 8 + (4 / SCALE_BLOCK if bits < 16 else 0)
-    return 2 * once * elements * width / every
+    every = getattr(sync, "every_steps", 1)
+    return 2 * once * elements * number_bytes(sync_bits(sync)) / every
 
 
 def sync_bits(sync: SyncSection) -> int:
     """Of a number on the wire."""
     bits: int = getattr(sync, "bits", 16 if getattr(sync, "precision", "") == "bf16" else 32)
     return bits
+
+
+def number_bytes(bits: int) -> float:
+    """Of a number on the wire, its share of a scale included."""
+    return bits / 8 + (4 / SCALE_BLOCK if bits < 16 else 0)
 
 
 def powersgd_elements(

@@ -37,6 +37,11 @@ class ReplicaSync:
         """Launches like this one that train now."""
         return self.ranks.size // self._world.size
 
+    @property
+    def in_step(self) -> bool:
+        """Whether all replicas of this launch take the same steps, so that they are alike."""
+        return self.together is self._world
+
     def samples_together(self, batch_samples: int) -> int:
         """Samples of a batch that `together` work on."""
         replicas, size = self.ranks.size // self.together.size, self.together.size

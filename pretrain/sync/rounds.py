@@ -24,7 +24,7 @@ from pretrain.sync.fixed import FixedMembers
 from pretrain.sync.members import LeftBehind, Meeting, Members
 from pretrain.sync.outer import OuterWeights
 from pretrain.sync.quantized import quantized_mean
-from pretrain.wire import SCALE_BLOCK
+from pretrain.wire import number_bytes
 
 if TYPE_CHECKING:
     from pretrain.engine.zero import ZeroEngine
@@ -166,8 +166,7 @@ class OuterSync(ReplicaSync):
             else:
                 scale = replicas.size / current.meeting.contributors  # newcomers send zeros
                 piece.copy_(quantized_mean(piece, replicas, bits)).mul_(scale)
-        width = bits / 8 + (4 / SCALE_BLOCK if bits < 16 else 0)
-        current.sent_bytes = round(others * width * mean.numel())
+        current.sent_bytes = round(others * number_bytes(bits) * mean.numel())
         return mean
 
     def _fine(self, current: _Round) -> bool:
