@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import positive
+from launch.launch_command import (
+    add_launch_arguments,
+    add_render_arguments,
+    run_launch,
+    run_render,
+)
 from launch.measure import add_arguments as measure_arguments
 from launch.measure import run as measure_cluster
 from launch.plan_command import add_arguments as plan_arguments
@@ -16,6 +22,7 @@ from launch.plan_command import run as plan_command
 from pretrain.errors import exit_code
 from pretrain.lab.compare_arguments import add_arguments as compare_arguments
 from pretrain.lab.range_test import add_arguments as lr_find_arguments
+from pretrain.stopping import listen
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "train a run on this machine; goes on where it stopped")
     sub.add_argument("config")
     sub.add_argument("overrides", nargs="*", help="key.sub=value")
+
+    text = "start a run on one node or many, by the launcher of your choice"
+    add_launch_arguments(command("launch", run_launch, text))
+    text = "print a file that is derived from the run config and the cluster profile"
+    add_render_arguments(command("render", run_render, text))
 
     text = "where replicas that are launches of their own meet (sync.coordinator)"
     sub = command("coordinator", _coordinator, text)
@@ -194,6 +206,7 @@ def _train(options: argparse.Namespace) -> int:
     from pretrain.config_file import load
 
     load(options.config, options.overrides)  # says what is wrong before torch is imported
+    listen()
     from pretrain.train import main as worker
 
     return worker([options.config, *options.overrides])

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
+from launch.site import Site
 from pretrain.config_base import Positive, Section
 from pretrain.config_file import load_as
 
@@ -69,11 +70,10 @@ class Price(Section):
     carbon_g_per_kwh: PositiveNumber | None = None
 
 
-class Cluster(Section):
-    """A cluster, or the part of it that a run is to use."""
+class Cluster(Site):
+    """A cluster, or the part of it that a run is to use, with the figures that planning needs."""
 
     name: str
-    sources: tuple[str, ...] = Field((), description="where the figures are published")
     nodes: Positive
     devices_per_node: Positive
     device: Device

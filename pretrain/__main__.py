@@ -2,7 +2,10 @@
 
 import sys
 
-from pretrain.train import main
+from pretrain.stopping import listen
 
 if __name__ == "__main__":
+    listen()  # torch takes seconds to import, and a job's warning may come meanwhile
+    from pretrain.train import main
+
     sys.exit(main())

@@ -15,6 +15,7 @@ from pretrain.engine.zero import ZeroEngine
 from pretrain.guard import Guard
 from pretrain.observe.observers import Observers
 from pretrain.recipe import Clock, Recipe
+from pretrain.stopping import asked_by
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Run:
 
 
 def train(run: Run, clock: Clock) -> Clock:
-    """Train from `clock` to the end of the recipe."""
+    """Train from `clock` to the end of the recipe, or until a signal asks to make way; the state is
+    saved where it ends."""
     recipe, engine, saved_at = run.recipe, run.engine, clock
     if clock.step == 0 and engine.sync.leads:
         run.observers.begin(clock, run.validate(engine))
@@ -52,7 +54,7 @@ def train(run: Run, clock: Clock) -> Clock:
         plan = recipe.at(clock)
         seed_step(run.seed, clock, engine.sync.ranks.rank)
         rows = run.loader.batch(clock, plan)
-        stats = engine.forward_backward(rows, plan.batch_samples, clock)
+        stats = engine.forward_backward(rows, plan.batch_samples, clock, asked_by() is not None)
         verdict = run.guard.judge(clock, stats)
         before, clock, parameters = clock, recipe.after(clock, plan), None
         if verdict.apply:
@@ -71,6 +73,8 @@ def train(run: Run, clock: Clock) -> Clock:
         if run.saves and run.checkpoints.due(before, clock):
             run.checkpoints.save(clock, engine, run.parts)
             saved_at = clock
+        if engine.sync.agree(stats.stop, clock):
+            break
     if run.saves and saved_at != clock:
         run.checkpoints.save(clock, engine, run.parts)
     return clock

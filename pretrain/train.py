@@ -4,7 +4,12 @@ This is the only place that wires things together.
 """
 
 import argparse
+import base64
+import json
+import os
 import shutil
+import socket
+import sys
 import tempfile
 import warnings
 from contextlib import nullcontext
@@ -25,6 +30,7 @@ from pretrain.engine.deepspeed_setup import sharded_construction
 from pretrain.engine.world import World, join_world, rows_of_rank, split_world
 from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import CheckpointError, UserError, exit_code
+from pretrain.foreign import check_foreign, of_environment
 from pretrain.guard import Guard
 from pretrain.loop import Run, Validator, train
 from pretrain.memory import checkpoint_bytes
@@ -34,7 +40,9 @@ from pretrain.observe.observers import Observers
 from pretrain.observe.throughput import flops_per_token, measure_peak_flops
 from pretrain.optim.own import check_own
 from pretrain.quantities import human_count
+from pretrain.rank_table import RankRow, batch_arithmetic, rank_table
 from pretrain.recipe import Clock
+from pretrain.stopping import STOPPED, asked_by
 from pretrain.sync.registry import build_sync, members_of
 
 _FIRST_LOOK_SAMPLES = 16
@@ -47,25 +55,48 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     # The deepspeed launcher passes it; LOCAL_RANK of the environment says the same.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    # The same arguments as one word, where a launcher would not quote them: base64 of a JSON list.
+    parser.add_argument("--encoded", help=argparse.SUPPRESS)
+    options = parser.parse_args(_decoded(sys.argv[1:] if arguments is None else arguments))
     # torch renames collectives that DeepSpeed calls; nothing a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
-    def work() -> None:
+    def work() -> int:
         config = load(options.config, options.overrides)
+        check_foreign(of_environment(), config)
         with join_world(config.timeout.value) as world:
-            train_run(config, world)
+            clock = train_run(config, world)
+        if config.build_recipe().done(clock):
+            return 0
+        if world.is_first:
+            print(
+                f"stopped after step {clock.step} by {asked_by() or 'another rank'}; saved: the "
+                "same command goes on from here",
+                flush=True,
+            )
+        return STOPPED
 
     return exit_code(work, "interrupted: the same command goes on from the newest checkpoint")
 
 
+def _decoded(arguments: list[str]) -> list[str]:
+    prefix = "--encoded="
+    words = [word for word in arguments if word.startswith(prefix)]
+    if not words:
+        return arguments
+    others = [word for word in arguments if not word.startswith(prefix)]
+    return others + json.loads(base64.urlsafe_b64decode(words[0].removeprefix(prefix)))
+
+
 def train_run(config: Config, world: World) -> Clock:
-    """Train a run to its end, from its newest checkpoint where it has one."""
+    """Train a run to its end, or until a signal asks to make way, from its newest checkpoint where
+    it has one; where it ended."""
     recipe = config.build_recipe()
     if isinstance(config.optimizer, OwnOptimizer):
         check_own(config.optimizer)
     # Replicas that meet seldom talk over slow links, where gloo's patience is what is wanted.
     world = split_world(world, config.mesh.shard_ranks, not config.sync.facts.every_step)
+    _show_ranks(config, world)
     members = members_of(config, world)
     corpus, held_out = open_data(config, world)
     run_directory = config.run_directory
@@ -117,9 +148,28 @@ def train_run(config: Config, world: World) -> Clock:
     finally:
         observers.close()
         engine.sync.close()
-    if world.is_first:
+    if world.is_first and recipe.done(clock):
         print(f"done: step {clock.step}, {human_count(clock.tokens)} tokens -> {run_directory}")
     return clock
+
+
+def _show_ranks(config: Config, world: World) -> None:
+    """The table of all ranks, and how the batch is dealt to them."""
+    device = str(world.device)
+    if world.device.type == "cuda":
+        device += f" {torch.cuda.get_device_name(world.device)}"
+    row = RankRow(
+        socket.gethostname(),
+        world.rank,
+        int(os.environ.get("LOCAL_RANK", 0)),
+        device,
+        world.replicas.rank,
+        world.shard.rank if world.replicas.size > 1 else 0,
+    )
+    rows = world.gather(row)
+    if world.is_first:
+        print(rank_table(rows))
+        print(batch_arithmetic(config, config.build_recipe(), world.size), flush=True)
 
 
 def _load_newest(checkpoints: Checkpoints, run: Run) -> tuple[Clock, Path | None]:

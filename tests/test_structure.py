@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = {
     "pretrain.errors": 0, "pretrain.quantities": 0, "pretrain.recipe": 0, "pretrain.config": 0,
     "pretrain.config_rules": 0, "pretrain.config_file": 0, "pretrain.sizes": 0, "pretrain": 0,
+    "pretrain.health": 2,
     "pretrain.model": 1, "pretrain.data": 1, "pretrain.optim": 1, "tokenizer": 2,
     "pretrain.engine": 2, "pretrain.sync": 2, "pretrain.checkpoint": 3,
     "pretrain.checkpoint_slices": 3, "pretrain.guard": 3, "pretrain.observe": 4,
@@ -24,7 +25,9 @@ NO_TORCH = ("launch", "pretrain.config", "pretrain.config_file", "pretrain.confi
             "pretrain.recipe", "pretrain.curves",
             "pretrain.batches", "pretrain.sizes", "pretrain.memory", "pretrain.wire",
             "pretrain.lab.range_test", "pretrain.lab.compare_",
-            "pretrain.quantities", "pretrain.errors",
+            "pretrain.quantities", "pretrain.errors", "pretrain.health", "pretrain.foreign",
+            "pretrain.stopping", "pretrain.rank_table", "pretrain.deepspeed_settings",
+            "pretrain.engine.placement",
             "pretrain.data.corpus", "pretrain.data.shards", "pretrain.data.mixture",
             "pretrain.data.permutation", "pretrain.data.streams", "pretrain.data.megatron",
             "pretrain.data.shard_writer", "pretrain.sync.coordinator", "tokenizer")  # fmt: skip

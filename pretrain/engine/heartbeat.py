@@ -12,12 +12,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from pretrain.engine.meeting import attempt
 from pretrain.errors import UserError
 
 _BEAT_SECONDS = 1.0
 _LISTEN_SECONDS = 4.0  # for which a count must stand still
 _STORE_SECONDS = 5.0
-_FOUND = "anthesis/missing"
+_FOUND = "missing"
 
 
 class LostRankError(UserError):
@@ -67,7 +68,8 @@ class Heartbeat:
     def _connect(self) -> dist.Store:
         host, port = self._address
         timeout = timedelta(seconds=_STORE_SECONDS)
-        return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+        return dist.PrefixStore(attempt(), store)
 
     def _run(self) -> None:
         count = 0
@@ -98,4 +100,4 @@ def lost_rank_error(heartbeat: Heartbeat, failure: BaseException) -> LostRankErr
 
 
 def _key(rank: int) -> str:
-    return f"anthesis/beat/{rank}"
+    return f"beat/{rank}"

@@ -1,7 +1,7 @@
 """The processes of a run: who am I, which device is mine, how do we talk.
 
-The environment tells (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), as set by torchrun,
-deepspeed and accelerate alike; without it the run has one rank.
+The environment tells, as set by torchrun, deepspeed, accelerate or srun; without it the run has one
+rank.
 
 The ranks form a mesh of two axes, as in PyTorch's HSDP: consecutive ranks are a *shard group*, over
 which ZeRO spreads one replica of the model; the ranks with the same place in every shard group hold
@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.engine.heartbeat import Heartbeat, lost_rank_error
+from pretrain.engine.meeting import meet
+from pretrain.engine.placement import Placement, placement
 from pretrain.errors import UserError
 
 
@@ -153,17 +155,21 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
 
     Leaving matters: a process that exits with the group alive ends with code 250.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    place = placement()
+    rank, size = place.rank, place.size
+    # DeepSpeed and torch read them too, whoever has told us.
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(place.local_rank),
+        MASTER_ADDR=place.master[0], MASTER_PORT=str(place.master[1]),
+    )  # fmt: skip
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
+        device, backend = _own_gpu(place), "nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
         os.environ["DS_ACCELERATOR"] = "cpu"
-        _share_cores()
-    store = dist.HashStore() if size == 1 else None
+        _share_cores(place.local_size)
+    store = dist.HashStore() if size == 1 else meet(place)
     timeout = timedelta(seconds=timeout_seconds)
     # Groups made later, by DeepSpeed too, would wait torch's 30 minutes whatever was asked for.
     dist.distributed_c10d.default_pg_timeout = timeout
@@ -184,8 +190,19 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _share_cores() -> None:
+def _own_gpu(place: Placement) -> torch.device:
+    """The GPU of this rank: that of its number, or the only one that its launcher lets it see."""
+    visible = torch.cuda.device_count()
+    if visible > 1 and place.local_rank >= visible:
+        raise UserError(
+            f"{place.local_size} ranks on this host, {visible} GPUs\n"
+            "  rule: a rank has a GPU of its own\n"
+            f"  cure: --ranks-per-node {visible} (devices_per_node of the profile)"
+        )
+    return torch.device("cuda", 0 if visible == 1 else place.local_rank)
+
+
+def _share_cores(ranks_here: int) -> None:
     """Give each rank of this machine its share of the cores, unless the launcher has decided."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))

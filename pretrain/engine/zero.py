@@ -32,6 +32,7 @@ class StepStats:
 
     loss: float  # mean over the tokens of the batch, in nats
     grad_norm: float  # L2 norm of its whole gradient, before clipping
+    stop: bool = False  # whether any of those ranks has been asked to make way
 
 
 class ZeroEngine:
@@ -85,10 +86,11 @@ class ZeroEngine:
         return self._map.fragments()
 
     def forward_backward(
-        self, rows: Tensor, batch_samples: int, clock: Clock | None = None
+        self, rows: Tensor, batch_samples: int, clock: Clock | None = None, stop: bool = False
     ) -> StepStats:
         """Accumulate the gradient of this rank's `rows` (n x (T + 1) token ids, n may be 0), and
         bring it together with those of other replicas, as is due at `clock` (None: the start).
+        `stop`: this rank has been asked to make way; all others learn of it.
 
         All ranks make the same number of passes, since the collectives need it: a rank without
         rows left runs a pass over a single token with weight zero.
@@ -116,9 +118,10 @@ class ZeroEngine:
             square += torch.stack(torch._foreach_norm(gradients)).double().square().sum()
         # Replicas in step have the same gradient now: their squares are summed once too often.
         square *= self.world.shard.size / together.size
-        loss_and_square = together.sum(torch.stack([total / tokens_together, square]))
-        loss, square_norm = loss_and_square.tolist()  # the step's one wait for the device
-        return StepStats(loss, square_norm**0.5)
+        found = torch.stack([total / tokens_together, square, square.new_full((), stop)])
+        # The step's one wait for the device.
+        loss, square_norm, stops = together.sum(found).tolist()
+        return StepStats(loss, square_norm**0.5, stops > 0)
 
     @torch.no_grad()
     def step(

@@ -62,6 +62,11 @@ class ReplicaSync:
         Collective."""
         return clock
 
+    def agree(self, stop: bool, clock: Clock) -> bool:
+        """Whether all ranks of this launch make way after the step that ended at `clock`, as those
+        that step together want to if `stop`. Collective."""
+        return stop
+
     def check(self, clock: Clock) -> None:
         """Compare the replicas, where they ought to be alike; collective."""
 

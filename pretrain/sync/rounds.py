@@ -63,6 +63,7 @@ class OuterSync(ReplicaSync):
         self._section, self._engine, self._members, self._parts = section, engine, members, parts
         self._outer = OuterWeights(engine.exported(), *section.outer, section.parts)
         self._round: _Round | None = None
+        self._stop = False
         self._pending: list[Tensor] = []  # of a round that was under way in a checkpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outer gradients")
 
@@ -96,6 +97,16 @@ class OuterSync(ReplicaSync):
             except LeftBehind:
                 clock = self._join(clock)
         return clock
+
+    def agree(self, stop: bool, clock: Clock) -> bool:
+        """Replicas of a launch that step by themselves tell each other once in H steps."""
+        if self.in_step:
+            return stop
+        self._stop |= stop
+        if clock.step % self._section.every_steps:
+            return False
+        world = self._engine.world
+        return world.sum(torch.tensor(float(self._stop), device=world.device)).item() > 0
 
     def _due(self, part: int, step: int) -> bool:
         """Whether the round of a part begins after `step`: once in H steps, evenly spread."""

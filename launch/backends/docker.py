@@ -1,0 +1,120 @@
+"""Containers of the project's image: one a node, in which torchrun starts the node's ranks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from launch.backends.nodes import How, each_node
+from launch.job import Job
+from launch.script import Script
+from pretrain.errors import UserError
+
+
+def script(job: Job, how: How) -> Script:
+    """`docker run` on every node."""
+    docker = job.site.docker
+
+    def arguments(rank: int) -> list[str]:
+        gpus = ["--gpus", docker.gpus] if docker.gpus else []
+        variables = [w for k, v in job.environment.items() for w in ("--env", f"{k}={v}")]
+        return [
+            *(docker.engine, "run", "--rm", "--name", f"{job.config.name}-node{rank}"),
+            *("--network", docker.network, "--shm-size", f"{docker.shared_memory}b", *gpus),
+            *("--user", f"{os.getuid()}:{os.getgid()}", *_mount_options(job)),
+            *("--workdir", str(job.directory), *variables, *docker.options, docker.image),
+            *_inside(job, rank, job.master),
+        ]
+
+    return each_node(job, how, arguments)
+
+
+def compose_text(job: Job) -> str:
+    """A compose file: every node a container of this machine, on a network of their own."""
+    import yaml
+
+    docker = job.site.docker
+    several = job.nodes > 1
+
+    def service(rank: int) -> dict[str, Any]:
+        mounts = [
+            {"type": "bind", "source": str(path), "target": str(path), "read_only": not writable}
+            for path, writable in mounts_of(job).items()
+        ]
+        extra = [{"type": "bind", **_parts(mount)} for mount in docker.mounts]
+        return {
+            "image": docker.image,
+            "hostname": f"node{rank}",
+            "user": f"{os.getuid()}:{os.getgid()}",
+            "working_dir": str(job.directory),
+            "command": _inside(job, rank, "node0"),
+            "environment": dict(job.environment),
+            "volumes": mounts + extra,
+            "shm_size": f"{docker.shared_memory}b",
+            **({"gpus": docker.gpus} if docker.gpus else {}),
+            **({"networks": ["ranks"]} if several else {}),
+        }
+
+    tree: dict[str, Any] = {
+        "name": job.config.name.lower().replace(".", "-"),
+        "services": {f"node{rank}": service(rank) for rank in range(job.nodes)},
+    }
+    if several:
+        tree["networks"] = {"ranks": {"internal": True}}
+    return str(yaml.safe_dump(_escaped(tree), sort_keys=False, width=1000))
+
+
+def mounts_of(job: Job) -> dict[Path, bool]:
+    """The folders that a run needs at the same place in its container, and whether it writes there;
+    those that lie in another are left out."""
+    data = job.config.data
+    read = [source.path.parent for source in data.sources] + [job.config_path.parent]
+    read += [data.tokenizer] if data.tokenizer else []
+    write = [job.directory, job.config.directory]
+    write += [data.index_directory] if data.index_directory else []
+    found: dict[Path, bool] = {}
+    for path, writable in [*((p, True) for p in write), *((p, False) for p in read)]:
+        if not any(path.is_relative_to(p) for p in found):
+            found = {
+                p: w for p, w in found.items() if not (p.is_relative_to(path) and w <= writable)
+            }
+            found[path] = writable
+    return found
+
+
+def _inside(job: Job, rank: int, master: str) -> list[str]:
+    """The command in the container of a node."""
+    if job.ranks == 1:
+        return ["train", *job.arguments]
+    nodes = ["--nodes", str(job.nodes), "--ranks-per-node", str(job.ranks_per_node)]
+    if job.nodes == 1:
+        return ["launch", "local", *job.arguments, *nodes]
+    return ["launch", "torchrun", *job.arguments, *nodes, "--node-rank", str(rank),
+            "--master", f"{master}:{job.port}"]  # fmt: skip
+
+
+def _mount_options(job: Job) -> list[str]:
+    options = []
+    for path, writable in mounts_of(job).items():
+        if {",", '"', "\n"} & set(str(path)):
+            raise UserError(
+                f"docker: {path}: cannot be mounted\n"
+                "  rule: no comma, quote or line break in a path that a container gets\n"
+                "  cure: rename the folder, or link to it"
+            )
+        mode = "" if writable else ",readonly"
+        options += ["--mount", f"type=bind,source={path},target={path}{mode}"]
+    return options + [word for mount in job.site.docker.mounts for word in ("--volume", mount)]
+
+
+def _parts(mount: str) -> dict[str, Any]:
+    source, target, *mode = mount.split(":")
+    return {"source": source, "target": target, "read_only": mode == ["ro"]}
+
+
+def _escaped(value: Any) -> Any:
+    """A tree in which compose finds no variables to put in."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return value.replace("$", "$$") if isinstance(value, str) else value

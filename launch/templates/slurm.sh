@@ -1,0 +1,15 @@
+#!/bin/bash -l
+# Rendered by anthesis: change the run config or the cluster profile, not this script.
+@SBATCH@
+set -uo pipefail
+@SETUP@
+cd @DIRECTORY@ || exit 2
+@EXPORTS@
+
+# A task is a rank and reads its place from Slurm's variables. Before the time limit USR1 comes to
+# the tasks: they save a checkpoint and end with code @STOPPED@.
+srun @SRUN@ \
+    @WORKER@
+code=$?
+@AFTER@
+exit "$code"
