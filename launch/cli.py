@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import positive
+from launch.doctor import add_arguments as doctor_arguments
+from launch.doctor import run as doctor
 from launch.launch_command import (
     add_launch_arguments,
     add_render_arguments,
@@ -22,7 +24,7 @@ from launch.plan_command import run as plan_command
 from pretrain.errors import exit_code
 from pretrain.lab.compare_arguments import add_arguments as compare_arguments
 from pretrain.lab.range_test import add_arguments as lr_find_arguments
-from pretrain.stopping import listen
+from pretrain.stopping import listening
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     text = "print a file that is derived from the run config and the cluster profile"
     add_render_arguments(command("render", run_render, text))
 
+    text = "what would keep a run from starting, or from going well, host by host"
+    doctor_arguments(command("doctor", doctor, text))
+
     text = "where replicas that are launches of their own meet (sync.coordinator)"
     sub = command("coordinator", _coordinator, text)
     sub.add_argument("--host", default="", help="address to listen at (all of this machine)")
@@ -80,6 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     text = "train a run with several optimizers, the same budget for each, and compare them"
     compare_arguments(command("compare", _compare, text))
 
+    _run_commands(command)
+    command("demo", _demo, "from this machine's Python sources to a trained and exported BLOOM")
+
+    cluster = commands.add_parser("cluster", help="profiles of clusters")
+    text = "fill in a cluster profile by measuring this machine, or the nodes of a job"
+    into = cluster.add_subparsers(metavar="COMMAND", required=True)
+    measure_arguments(command("measure", measure_cluster, text, into))
+
+    _tokenizer_commands(command, commands)
+    _corpus_commands(command, commands)
+    return parser
+
+
+def _run_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("eval", _eval, "loss and perplexity of a run on its held-out text")
     sub.add_argument("directory", metavar="RUN", type=Path)
     sub.add_argument("--samples", type=int, help="default: validation.samples of the run")
@@ -98,17 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plot", _plot, "draw loss, learning rate and batch against tokens to a PNG")
     sub.add_argument("directory", metavar="RUN", type=Path)
     sub.add_argument("--output", type=Path, help="default: RUN/curves.png")
-
-    command("demo", _demo, "from this machine's Python sources to a trained and exported BLOOM")
-
-    cluster = commands.add_parser("cluster", help="profiles of clusters")
-    text = "fill in a cluster profile by measuring this machine, or the nodes of a job"
-    into = cluster.add_subparsers(metavar="COMMAND", required=True)
-    measure_arguments(command("measure", measure_cluster, text, into))
-
-    _tokenizer_commands(command, commands)
-    _corpus_commands(command, commands)
-    return parser
 
 
 def _tokenizer_commands(command: Callable[..., argparse.ArgumentParser], commands: Any) -> None:
@@ -206,10 +214,10 @@ def _train(options: argparse.Namespace) -> int:
     from pretrain.config_file import load
 
     load(options.config, options.overrides)  # says what is wrong before torch is imported
-    listen()
-    from pretrain.train import main as worker
+    with listening():
+        from pretrain.train import main as worker
 
-    return worker([options.config, *options.overrides])
+        return worker([options.config, *options.overrides])
 
 
 def _lr_find(options: argparse.Namespace) -> int:

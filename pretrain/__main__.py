@@ -2,10 +2,11 @@
 
 import sys
 
-from pretrain.stopping import listen
+from pretrain.stopping import listening
 
 if __name__ == "__main__":
-    listen()  # torch takes seconds to import, and a job's warning may come meanwhile
-    from pretrain.train import main
+    with listening():  # torch takes seconds to import, and a job's warning may come meanwhile
+        from pretrain.train import main
 
-    sys.exit(main())
+        code = main()
+    sys.exit(code)

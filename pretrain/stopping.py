@@ -7,17 +7,29 @@ docker and schedulers of other kinds send SIGTERM.
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 _AGAIN_SECONDS = 5.0
 _asked_at: dict[str, float] = {}
 
 
-def listen() -> None:
-    """From now on remember these signals, rather than die of them; to be called before anything
-    that takes time. A second SIGTERM, some seconds later, ends the process."""
+@contextmanager
+def listening() -> Iterator[None]:
+    """Remember these signals inside, rather than die of them; to be entered before anything that
+    takes time. A second SIGTERM, some seconds later, ends the process.
+
+    From its end on they do nothing: one that came while Python shuts down, or that Slurm sends
+    because another rank has ended already, would end it with the code of a failure.
+    """
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _remember)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # which holds longer than a handler of ours
 
 
 def asked_by() -> str | None:

@@ -32,6 +32,8 @@ from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import CheckpointError, UserError, exit_code
 from pretrain.foreign import check_foreign, of_environment
 from pretrain.guard import Guard
+from pretrain.health.facts import host_facts
+from pretrain.health.findings import start_findings
 from pretrain.loop import Run, Validator, train
 from pretrain.memory import checkpoint_bytes
 from pretrain.model import build_model, model_shape
@@ -97,6 +99,7 @@ def train_run(config: Config, world: World) -> Clock:
     # Replicas that meet seldom talk over slow links, where gloo's patience is what is wanted.
     world = split_world(world, config.mesh.shard_ranks, not config.sync.facts.every_step)
     _show_ranks(config, world)
+    _look_at_hosts(config, world)
     members = members_of(config, world)
     corpus, held_out = open_data(config, world)
     run_directory = config.run_directory
@@ -170,6 +173,21 @@ def _show_ranks(config: Config, world: World) -> None:
     if world.is_first:
         print(rank_table(rows))
         print(batch_arithmetic(config, config.build_recipe(), world.size), flush=True)
+
+
+def _look_at_hosts(config: Config, world: World) -> None:
+    """The doctor's short form, on the hosts of this launch; raises UserError on all ranks where
+    something would spoil the run."""
+    first_of_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    world.barrier()  # clocks are compared: all are asked at the same moment
+    facts = world.gather(host_facts(config) if first_of_host else None)
+    found = start_findings([one for one in facts if one], config, world.size)
+    if world.is_first:
+        for finding in found:
+            if finding.level == "warning":
+                print(f"warning: {finding}", flush=True)
+    if errors := [str(finding) for finding in found if finding.level == "error"]:
+        raise UserError("\n".join(errors))
 
 
 def _load_newest(checkpoints: Checkpoints, run: Run) -> tuple[Clock, Path | None]:
