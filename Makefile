@@ -26,8 +26,9 @@ $(INSTALLED): pyproject.toml
 		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	@# LAMB and LARS of timm are references in tests; they need nothing of what timm asks for.
-	$(VENV)/bin/python -m pip install --quiet --no-deps timm==1.0.31
+	@# LAMB and LARS of timm are references in tests; they need nothing of what timm asks for. In a
+	@# place of its own, since `accelerate` would take it for whole.
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/references timm==1.0.31
 	@touch $@
 
 clean:

@@ -21,7 +21,7 @@ _AGAIN_SECONDS = 3.0
 
 def execute(script: Script, job: Job) -> int:
     """Write the files and run the commands; returns the exit code of the one that failed first, or
-    0. Where one fails the others are ended.
+    0. Where one fails the others are ended, unless the script can do without it.
 
     SIGTERM, SIGUSR1 and Ctrl-C ask the ranks to save and make way: then the code is 75. A second
     one, some seconds later, ends them.
@@ -40,7 +40,7 @@ def execute(script: Script, job: Job) -> int:
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = {number: signal.signal(number, asked.receive) for number in signals}
     try:
-        code = _wait(running)
+        code = _wait(running, script.least or len(running))
         # Launchers in between do not pass on the code of a rank.
         return STOPPED if code and asked.at is not None else code
     finally:
@@ -141,9 +141,9 @@ class _Asked:
                     one.process.stdin.close()
 
 
-def _wait(running: list[_Running]) -> int:
-    """Until all commands have ended; the first code other than 0."""
-    first, deadline = 0, None
+def _wait(running: list[_Running], least: int) -> int:
+    """Until all commands have ended; the first code other than 0 that left fewer than `least`."""
+    first, ended_well, deadline = 0, 0, None
     left = list(running)
     while left:
         time.sleep(0.05)
@@ -151,8 +151,11 @@ def _wait(running: list[_Running]) -> int:
             left.remove(one)
             if code := one.code():
                 one.report(code)
-                first = first or code
-                deadline = deadline or time.monotonic() + _FAREWELL_SECONDS
+                if ended_well + len(left) < least:
+                    first = first or code
+                    deadline = deadline or time.monotonic() + _FAREWELL_SECONDS
+            else:
+                ended_well += 1
         if left and deadline and time.monotonic() > deadline:
             for one in left:
                 one.end()

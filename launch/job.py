@@ -64,7 +64,9 @@ class Job:
         """The variables of a worker: what was let through, and what it is to be told."""
         told = {
             "ANTHESIS_RANKS": str(self.ranks),
-            "ANTHESIS_JOIN_TIMEOUT": str(self.site.launch.join_timeout.value),
+            "ANTHESIS_JOIN_TIMEOUT": self.environment.get(
+                "ANTHESIS_JOIN_TIMEOUT", str(self.site.launch.join_timeout.value)
+            ),
         }
         if self.hosts:
             told["ANTHESIS_HOSTS"] = ",".join(self.hosts)
@@ -80,7 +82,6 @@ def make_job(
     nodes: int | None = None,
     ranks_per_node: int | None = None,
     hosts: tuple[str, ...] = (),
-    master: str | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Job:
     """The job that a config and a profile describe; raises UserError where they do not fit."""
@@ -101,6 +102,8 @@ def make_job(
         )
     hosts = hosts[:nodes]
     directory = launching.directory or Path.cwd()
+    # In a container of a launch: what that launch has passed on.
+    more = filter(None, environment.get("ANTHESIS_FORWARD", "").split(","))
     return Job(
         config_path=(directory / config_path) if launching.directory else config_path.absolute(),
         overrides=tuple(overrides),
@@ -109,10 +112,10 @@ def make_job(
         nodes=nodes,
         ranks_per_node=ranks_per_node or site.devices_per_node,
         hosts=hosts,
-        master=master or (hosts[0] if hosts else "localhost"),
+        master=launching.master or (hosts[0] if hosts else "localhost"),
         directory=directory,
         python=launching.python or sys.executable,
-        environment=let_through(environment, launching.forward) | launching.environment,
+        environment=let_through(environment, (*launching.forward, *more)) | launching.environment,
     )
 
 
@@ -140,4 +143,4 @@ def select_hosts(job: Job, include: Iterable[str], exclude: Iterable[str]) -> Jo
         raise UserError("--include/--exclude leave no host\n  cure: exclude fewer")
     if hosts == job.hosts:
         return job
-    return replace(job, hosts=hosts, nodes=len(hosts), master=hosts[0])
+    return replace(job, hosts=hosts, nodes=len(hosts), master=job.site.launch.master or hosts[0])

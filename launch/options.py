@@ -1,7 +1,6 @@
 """The options that say what is to be launched and where, shared by launch, render and doctor."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +41,7 @@ def job_of(options: argparse.Namespace) -> "Job":
     master, _, port = (options.master or "").partition(":")
     changes = {"hosts": options.hosts} if options.hosts else {}
     changes |= {"port": int(port) if port.isdecimal() else port} if port else {}
+    changes |= {"master": master} if master else {}
     tree = site.model_dump(mode="json", exclude_none=True)
     changed, problems = validate(type(site), tree | {"launch": tree["launch"] | changes})
     if changed is None:
@@ -54,8 +54,7 @@ def job_of(options: argparse.Namespace) -> "Job":
         nodes=options.nodes,
         ranks_per_node=options.ranks_per_node,
     )
-    job = select_hosts(job, options.include, options.exclude)
-    return replace(job, master=master) if master else job
+    return select_hosts(job, options.include, options.exclude)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -34,10 +34,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Script:
-    """Files, and commands that run at the same time; the launch ends with them."""
+    """Files, and commands that run at the same time; the launch ends with them. It goes on as long
+    as `least` of them do (None: all)."""
 
     commands: tuple[Command, ...]
     files: dict[Path, str] = field(default_factory=dict)
+    least: int | None = None
 
     def text(self, job: Job) -> str:
         """All of it, as it would be done."""

@@ -37,6 +37,9 @@ class Launching(Section):
     port: Annotated[int, Field(ge=1024, le=65535, strict=True)] = Field(
         29500, description="at the first node, where the ranks meet"
     )
+    master: HostName | None = Field(
+        None, description="the host at which ranks meet; default: the first"
+    )
     python: Line | None = Field(
         None, description="the interpreter on the nodes; default: the one that launches"
     )

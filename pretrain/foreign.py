@@ -81,7 +81,11 @@ def of_deepspeed(path: Path) -> list[Setting]:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unreadable(path, "JSON", error) from None
-    return _settings(str(path), tree, _DEEPSPEED)
+    found = _settings(str(path), tree, _DEEPSPEED)
+    if isinstance(tree, dict) and tree.get("managed_gradient_accumulation") is False:
+        # As rendered here: accumulation and clipping are not DeepSpeed's.
+        found = [one for one in found if one.kind not in ("accumulation", "clip_norm")]
+    return found
 
 
 def of_accelerate(path: Path) -> list[Setting]:
@@ -130,7 +134,9 @@ def _contradiction(setting: Setting, config: Config, job: dict[str, int]) -> Ite
         return
     recipe, optimizer = config.build_recipe(), config.optimizer
     constant = recipe.batch(0) == recipe.batch.final
-    passes = recipe.batch.final / (config.engine.micro_batch_samples * job.get("ranks", 1))
+    passes = value  # nobody knows of how many ranks
+    if "ranks" in job:
+        passes = recipe.batch.final / (config.engine.micro_batch_samples * job["ranks"])
     decided: dict[str, tuple[str, Any]] = {
         "zero_stage": ("engine.zero_stage", config.engine.zero_stage),
         "offload": ("engine.offload", config.engine.offload),
@@ -139,7 +145,7 @@ def _contradiction(setting: Setting, config: Config, job: dict[str, int]) -> Ite
         "clip_norm": ("optimizer.clip_norm", optimizer.clip_norm),
         "micro_batch": ("engine.micro_batch_samples", config.engine.micro_batch_samples),
         "batch": ("recipe.batch", recipe.batch.final if constant else "a ramp"),
-        "accumulation": ("recipe.batch", passes if constant and "ranks" in job else "a ramp"),
+        "accumulation": ("recipe.batch", passes if constant else "a ramp"),
         "optimizer": ("optimizer.name", optimizer.name),
         "rate": ("recipe.learning_rate.peak", config.recipe.learning_rate.peak),
         "betas": ("optimizer.betas", list(getattr(optimizer, "betas", ()))),

@@ -56,7 +56,7 @@ def batch_arithmetic(config: Config, recipe: Recipe, ranks: int) -> str:
     lines = [f"  batch of {'every' if first == final else 'the first'} step: "
              + _one_batch(config, recipe, ranks, first)]  # fmt: skip
     if final != first:
-        lines.append("  final batch: " + _one_batch(config, recipe, ranks, final))
+        lines.append("  batch of the last step: " + _one_batch(config, recipe, ranks, final))
     return "\n".join(lines)
 
 
@@ -66,10 +66,15 @@ def _one_batch(config: Config, recipe: Recipe, ranks: int, batch: int) -> str:
     passes = -(-most // micro)
     share = f"{most}" if least == most else f"{least} or {most}"
     text = (
-        f"{batch} samples x {length} tokens = {human_count(batch * length)} tokens; {ranks} rank(s)"
-        f" x {share} sample(s), in {passes} pass(es) of at most {min(micro, most)}"
+        f"{batch} x {length} tokens = {human_count(batch * length)}; {_count(ranks, 'rank')} x "
+        f"{share} sample{'s' * (most > 1)}, {_count(passes, 'pass')} of up to {min(micro, most)}"
     )
-    return text + (f"; {ranks - batch} ranks idle" if batch < ranks else "")
+    return text + (f"; {_count(ranks - batch, 'rank')} idle" if batch < ranks else "")
+
+
+def _count(number: int, word: str) -> str:
+    plural = "es" if word.endswith("s") else "s"
+    return f"{number} {word}{plural if number > 1 else ''}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -27,6 +27,7 @@ from pretrain.config_sync import OuterSection
 from pretrain.data.corpus import Corpus
 from pretrain.data.loader import Loader
 from pretrain.engine.deepspeed_setup import sharded_construction
+from pretrain.engine.placement import placement
 from pretrain.engine.world import World, join_world, rows_of_rank, split_world
 from pretrain.engine.zero import ZeroEngine
 from pretrain.errors import CheckpointError, UserError, exit_code
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         config = load(options.config, options.overrides)
-        check_foreign(of_environment(), config)
+        check_foreign(of_environment(), config, ranks=placement().size)
         with join_world(config.timeout.value) as world:
             clock = train_run(config, world)
         if config.build_recipe().done(clock):

@@ -158,6 +158,11 @@ class Containers:
         code = int(self.podman("wait", name).stdout)
         return code, self.podman("logs", name).stdout
 
+    def shell(self, line: str) -> tuple[int, str]:
+        """Exit code and output of a line of shell, in which `podman` is ours."""
+        done = self._call(["sh", "-c", line], check=False)
+        return done.returncode, done.stdout
+
     def _call(
         self,
         line: list[str],

@@ -12,6 +12,7 @@ from pretrain.observe.metrics import read_metrics
 from tests.hosts import ROOT
 from tests.ranks import run_worker
 from tests.ssh_hosts import SshHosts, reason_missing
+from tests.test_hosts_lost import rows_of, slow_config, wait_for
 from tests.tiny import write_corpus
 
 pytestmark = pytest.mark.skipif(reason_missing() is not None, reason=str(reason_missing()))
@@ -117,6 +118,49 @@ def test_each_host_starts_its_own_part(demo, hosts, backend, tmp_path):
     for part, output in zip(parts, outputs, strict=True):
         assert part.wait(LIMIT_SECONDS) == 0, output.read_text()[-5000:]
     check(path.parent, name, expected, outputs[0].read_text())
+    assert not leftovers(hosts)
+
+
+def test_accelerate_by_hand_with_the_file_of_the_project(demo, hosts, tmp_path):
+    path, expected = demo
+    outputs = [tmp_path / f"h{i}.txt" for i in range(2)]
+    parts = []
+    for i in range(2):
+        command = [
+            *(str(Path(ANTHESIS).with_name("accelerate")), "launch"),
+            *("--config_file", str(ROOT / "configs/accelerate/cpu.yaml"), "--num_machines", "2"),
+            *("--num_processes", "2", "--machine_rank", str(i), "--main_process_ip", "h0"),
+            *("--main_process_port", "29600", "--module", "pretrain", str(path), "name=by-hand"),
+        ]
+        parts.append(hosts.start(i, command, {}, outputs[i]))
+    for part, output in zip(parts, outputs, strict=True):
+        assert part.wait(LIMIT_SECONDS) == 0, output.read_text()[-5000:]
+    check(path.parent, "by-hand", expected, outputs[0].read_text())
+
+
+def test_a_range_of_nodes_goes_on_without_one(hosts, tmp_path):
+    """The host dies, the ranks of the other start again alone and resume from a checkpoint."""
+    path = slow_config(tmp_path, {"method": "allreduce"}, name="tiny")
+    command = [ANTHESIS, "launch", "torchrun", str(path), "--elastic", "1:2", "--restarts", "3",
+               "--cluster", profile(tmp_path, 2, join_timeout="90 s"),
+               "recipe.train=1500 samples", "recipe.learning_rate.decay=1500 samples"]  # fmt: skip
+    output = tmp_path / "launch.txt"
+    launch = hosts.start(0, command, {}, output)
+    try:
+        wait_for(lambda: len(losses(tmp_path, "tiny")) > 8, "steps of two ranks")
+        hosts.kill(1)
+        assert launch.wait(LIMIT_SECONDS) == 0, output.read_text()[-5000:]
+    finally:
+        if launch.poll() is None:
+            launch.kill()
+        hosts.boot(1)
+    text = output.read_text()
+    assert "error: h1: ssh: " in text
+    assert "goes on after step" in text
+    assert "2 rank(s) on cpu" in text
+    assert "1 rank(s) on cpu" in text
+    steps = [row["step"] for row in rows_of(tmp_path)]
+    assert steps == list(range(1, 173))
     assert not leftovers(hosts)
 
 

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real Slurm: tasks are ranks, a job's end is no end of the run, codes survive."""
+"""Runs as jobs of a real Slurm: tasks are ranks, a job's end is no run's end, codes survive."""
 
 import sys
 import tomllib

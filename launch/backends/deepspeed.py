@@ -15,7 +15,7 @@ from launch.job import Job
 from launch.script import Command, Script
 from pretrain.errors import UserError
 
-_PLAIN = re.compile(r"[\w@%+=:,./-]+")
+_PLAIN = re.compile(r"[\w@+=:,./-]+")  # pdsh puts hosts and numbers in for %h, %n, %u
 _PATIENT_SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5"
 
 
@@ -76,7 +76,7 @@ def _refuse_unquoted(job: Job, environment: dict[str, str]) -> None:
     bad = {key: value for key, value in found.items() if not _PLAIN.fullmatch(value)}
     # It puts values in double quotes, or leaves them as they are.
     bad |= {f"launch.environment.{name}": value for name, value in environment.items()
-            if re.search(r'["$`\\\n\r]', value)}  # fmt: skip
+            if re.search(r'["$`\\\n\r%]', value) or value != value.strip()}  # fmt: skip
     if bad:
         lines = "\n".join(f"  {key} = {value!r}" for key, value in bad.items())
         raise UserError(

@@ -1,6 +1,7 @@
 """Containers of the project's image: one a node, in which torchrun starts the node's ranks."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from pretrain.errors import UserError
 def script(job: Job, how: How) -> Script:
     """`docker run` on every node."""
     docker = job.site.docker
+    names = [f"{job.config.name}-node{rank}" for rank in range(job.nodes)]
+    # On a network of their own containers find each other by name.
+    master = job.master if docker.network == "host" else names[0]
 
     def arguments(rank: int) -> list[str]:
         gpus = ["--gpus", docker.gpus] if docker.gpus else []
-        variables = [w for k, v in job.environment.items() for w in ("--env", f"{k}={v}")]
+        variables = [w for k, v in _told(job).items() for w in ("--env", f"{k}={v}")]
         return [
-            *(docker.engine, "run", "--rm", "--name", f"{job.config.name}-node{rank}"),
+            *(docker.engine, "run", "--rm", "--name", names[rank]),
             *("--network", docker.network, "--shm-size", f"{docker.shared_memory}b", *gpus),
             *("--user", f"{os.getuid()}:{os.getgid()}", *_mount_options(job)),
             *("--workdir", str(job.directory), *variables, *docker.options, docker.image),
-            *_inside(job, rank, job.master),
+            *_inside(job, rank, master),
         ]
 
     return each_node(job, how, arguments)
@@ -47,7 +51,7 @@ def compose_text(job: Job) -> str:
             "user": f"{os.getuid()}:{os.getgid()}",
             "working_dir": str(job.directory),
             "command": _inside(job, rank, "node0"),
-            "environment": dict(job.environment),
+            "environment": _told(replace(job, hosts=())),
             "volumes": mounts + extra,
             "shm_size": f"{docker.shared_memory}b",
             **({"gpus": docker.gpus} if docker.gpus else {}),
@@ -60,7 +64,15 @@ def compose_text(job: Job) -> str:
     }
     if several:
         tree["networks"] = {"ranks": {"internal": True}}
-    return str(yaml.safe_dump(_escaped(tree), sort_keys=False, width=1000))
+
+    class Quoting(yaml.SafeDumper):
+        pass
+
+    Quoting.add_representer(
+        _Text,
+        lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'),
+    )
+    return str(yaml.dump(_escaped(tree), Dumper=Quoting, sort_keys=False, width=1000))
 
 
 def mounts_of(job: Job) -> dict[Path, bool]:
@@ -69,7 +81,7 @@ def mounts_of(job: Job) -> dict[Path, bool]:
     data = job.config.data
     read = [source.path.parent for source in data.sources] + [job.config_path.parent]
     read += [data.tokenizer] if data.tokenizer else []
-    write = [job.directory, job.config.directory]
+    write = [job.directory, _nearest(job.config.directory)]
     write += [data.index_directory] if data.index_directory else []
     found: dict[Path, bool] = {}
     for path, writable in [*((p, True) for p in write), *((p, False) for p in read)]:
@@ -92,6 +104,12 @@ def _inside(job: Job, rank: int, master: str) -> list[str]:
             "--master", f"{master}:{job.port}"]  # fmt: skip
 
 
+def _told(job: Job) -> dict[str, str]:
+    """The variables of a container, all of which our own command passes on in it."""
+    told = {k: v for k, v in job.worker_environment.items() if k != "ANTHESIS_RANKS"}
+    return told | {"ANTHESIS_FORWARD": ",".join(told)}
+
+
 def _mount_options(job: Job) -> list[str]:
     options = []
     for path, writable in mounts_of(job).items():
@@ -106,6 +124,11 @@ def _mount_options(job: Job) -> list[str]:
     return options + [word for mount in job.site.docker.mounts for word in ("--volume", mount)]
 
 
+def _nearest(path: Path) -> Path:
+    """A folder that is there and in which `path` is or will be: others cannot be mounted."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def _parts(mount: str) -> dict[str, Any]:
     source, target, *mode = mount.split(":")
     return {"source": source, "target": target, "read_only": mode == ["ro"]}
@@ -117,4 +140,8 @@ def _escaped(value: Any) -> Any:
         return {key: _escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_escaped(inner) for inner in value]
-    return value.replace("$", "$$") if isinstance(value, str) else value
+    return _Text(value.replace("$", "$$")) if isinstance(value, str) else value
+
+
+class _Text(str):
+    """Text that is quoted in YAML: compose takes more for numbers than PyYAML does."""

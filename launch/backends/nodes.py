@@ -40,7 +40,7 @@ def each_node(job: Job, how: How, arguments: Callable[[int], list[str]]) -> Scri
 def rank_here(job: Job, how: How) -> int:
     """The rank of this node; raises UserError where nothing tells it."""
     if how.node_rank is not None:
-        if how.node_rank >= job.nodes:
+        if not 0 <= how.node_rank < job.nodes:
             raise UserError(
                 f"--node-rank {how.node_rank}: the job has {job.nodes} nodes\n"
                 f"  rule: nodes are counted from 0\n  cure: 0 to {job.nodes - 1}, or --nodes"

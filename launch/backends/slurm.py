@@ -7,6 +7,7 @@ from pathlib import Path
 from launch.backends.nodes import How
 from launch.job import Job
 from launch.script import Command, Script
+from pretrain.errors import UserError
 from pretrain.stopping import STOPPED
 
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "slurm.sh"
@@ -49,14 +50,19 @@ def script_text(job: Job) -> str:
 def _directives(job: Job) -> list[str]:
     slurm = job.site.slurm
     minutes = max(1, -(-slurm.time.value // 60))
-    output = job.folder / ("%A_%a.out" if slurm.chain == "array" else "%j.out")
+    if any(ord(character) < 32 for character in str(job.folder)):
+        raise UserError(
+            f"slurm: {str(job.folder)!r}\n  rule: a line of the batch script names it\n"
+            "  cure: a directory without line breaks and control characters"
+        )
+    name = "%A_%a.out" if slurm.chain == "array" else "%j.out"
+    output = str(job.folder).replace("%", "%%") + "/" + name
     options = {
         "job-name": job.config.name, "account": slurm.account, "partition": slurm.partition,
         "qos": slurm.qos, "constraint": slurm.constraint, "nodes": job.nodes,
         "ntasks-per-node": job.ranks_per_node, "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": job.ranks_per_node if slurm.gpus else None,
         "time": f"{minutes // 60}:{minutes % 60:02}:00", "signal": f"USR1@{slurm.warning.value}",
-        "nodelist": ",".join(job.hosts) or None,
         "dependency": "singleton" if slurm.chain == "singleton" else None,
         "array": f"0-{slurm.jobs - 1}%1" if slurm.chain == "array" else None,
         "output": _quoted(output), "open-mode": "append", "export": "NONE",
@@ -65,9 +71,9 @@ def _directives(job: Job) -> list[str]:
     return [*lines, "--requeue" if slurm.chain == "requeue" else "--no-requeue", *slurm.options]
 
 
-def _quoted(path: Path) -> str:
+def _quoted(path: str) -> str:
     """A path in a directive: Slurm takes double quotes and backslashes out of it."""
-    return '"' + re.sub(r'(["\\])', r"\\\1", str(path)) + '"'
+    return '"' + re.sub(r'(["\\])', r"\\\1", path) + '"'
 
 
 def _srun(job: Job) -> list[str]:

@@ -1,5 +1,7 @@
 """torchrun: one agent a node, which starts the node's ranks; static, or a range of nodes."""
 
+from dataclasses import replace
+
 from launch.backends.nodes import How, each_node
 from launch.job import Job
 from launch.script import Script
@@ -36,8 +38,9 @@ def _elastic(job: Job, how: How) -> Script:
                f"join_timeout={job.site.launch.join_timeout.value}"]  # fmt: skip
     job_script = each_node(job, how, lambda rank: _agent(job, how, meeting))
     for command in job_script.commands:
-        command.environment.pop("ANTHESIS_RANKS", None)  # there is no one number
-    return job_script
+        for name in ("ANTHESIS_RANKS", "ANTHESIS_HOSTS"):  # there is no one number, no one order
+            command.environment.pop(name, None)
+    return replace(job_script, least=min(least, len(job_script.commands)))
 
 
 def _agent(job: Job, how: How, where: list[str]) -> list[str]:

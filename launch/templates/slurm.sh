@@ -1,5 +1,6 @@
 #!/bin/bash -l
-# Rendered by anthesis: change the run config or the cluster profile, not this script.
+# Rendered by anthesis: change the run config or the cluster profile, not this script. The folder of
+# its output has to be there before sbatch; `anthesis launch slurm` makes it.
 @SBATCH@
 set -uo pipefail
 @SETUP@

@@ -3,19 +3,21 @@ that do not come are named."""
 
 import os
 import socket
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from pretrain.engine.placement import Placement
 from pretrain.errors import UserError
+from pretrain.stopping import asked_by
 
-_ROLL_CALL_SECONDS = 20.0  # for late answers, once the time is up
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
 
-def meet(place: Placement) -> dist.Store:
+def meet(place: Placement, gpu: str | None = None) -> dist.Store:
     """The store at which all ranks are present; raises UserError that names those that are not
-    there in `join_seconds`."""
+    there in `join_seconds`, or a `gpu` (its identity) that two ranks have."""
     host, port = place.master
     # Under torchrun the agent of the first node has a store, made anew for each attempt.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -28,14 +30,41 @@ def meet(place: Placement) -> dist.Store:
     except (RuntimeError, ValueError) as error:
         raise _no_store(place, error) from None
     store = dist.PrefixStore(attempt(), store)
-    store.set(f"here/{place.rank}", socket.gethostname())
-    if store.add("present", 1) == place.size:
+    here = socket.gethostname()
+    store.set(f"here/{place.rank}", here)
+    if gpu and store.add(f"gpu/{here}/{gpu}", 1) > 1:
+        store.set(
+            "refused",
+            f"rank {place.rank}: another rank of {here} has the GPU {gpu} too\n"
+            "  rule: a rank has a GPU of its own\n"
+            "  cure: as many ranks a node as it has GPUs (--ranks-per-node), all visible to each",
+        )
+    elif store.add("present", 1) == place.size:
         store.set("all", "")
-    try:
-        store.wait(["all"], timeout)
-    except RuntimeError:
-        raise _not_there(store, place) from None
+    _await_all(store, place)
     return store
+
+
+def _await_all(store: dist.Store, place: Placement) -> None:
+    """Until all are there, or one has said why it cannot be. By looking, not by waiting, or this
+    process would be deaf to signals meanwhile."""
+    deadline = time.monotonic() + place.join_seconds
+    pause = _SHORTEST_PAUSE_SECONDS
+    try:
+        while not store.check(["all"]):
+            if time.monotonic() > deadline and not store.check(["refused"]):
+                store.set("refused", _not_there(store, place))
+            if store.check(["refused"]):
+                text = store.get("refused").decode()
+                if place.rank == 0:  # others ask for it at this rank
+                    time.sleep(2 * _LONGEST_PAUSE_SECONDS)
+                raise UserError(text)
+            if asked_by():
+                raise UserError(f"ended by {asked_by()} while waiting for the other ranks")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+    except RuntimeError as error:
+        raise _no_store(place, error) from None
 
 
 def attempt() -> str:
@@ -43,16 +72,12 @@ def attempt() -> str:
     return f"anthesis/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
-def _not_there(store: dist.Store, place: Placement) -> UserError:
-    try:
-        store.set_timeout(timedelta(seconds=_ROLL_CALL_SECONDS))
-        missing = [r for r in range(place.size) if not store.check([f"here/{r}"])]
-    except RuntimeError:
-        return _no_store(place, RuntimeError("it does not answer any more"))
+def _not_there(store: dist.Store, place: Placement) -> str:
+    missing = [r for r in range(place.size) if not store.check([f"here/{r}"])]
     hosts = list(dict.fromkeys(filter(None, map(place.host_of, missing))))
     ranks = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
     where = f" of {', '.join(hosts)}" if hosts else ""
-    return UserError(
+    return (
         f"not there after {place.join_seconds} s: rank {ranks}{where}\n"
         f"  rule: all {place.size} ranks meet at {place.master[0]}:{place.master[1]}\n"
         "  cure: `anthesis doctor` looks at every host; launch without those (--exclude), or give "

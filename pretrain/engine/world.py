@@ -165,11 +165,12 @@ def join_world(timeout_seconds: int) -> Iterator[World]:
     if torch.cuda.is_available():
         device, backend = _own_gpu(place), "nccl"
         torch.cuda.set_device(device)
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        device, backend, gpu = torch.device("cpu"), "gloo", None
         os.environ["DS_ACCELERATOR"] = "cpu"
         _share_cores(place.local_size)
-    store = dist.HashStore() if size == 1 else meet(place)
+    store = dist.HashStore() if size == 1 else meet(place, gpu)
     timeout = timedelta(seconds=timeout_seconds)
     # Groups made later, by DeepSpeed too, would wait torch's 30 minutes whatever was asked for.
     dist.distributed_c10d.default_pg_timeout = timeout
