@@ -71,10 +71,21 @@ def test_all_is_well(facts, config):
     fine = findings(facts, config, ranks=RANKS, master="localhost", port=1, checkpoint_bytes=1)
     assert {f.check for f in fine} == {
         "versions", "config", "data", "clocks", "folder", "shm", "locks", "disk", "gpus", "port",
-        "names", "batches",
+        "names", "batches", "compile",
     }  # fmt: skip
     assert all(len(f"{f}") < 100 for f in fine)
-    assert {f.check for f in findings({}, config, ranks=1)} == {"batches"}
+    assert {f.check for f in findings({}, config, ranks=1)} == {"compile", "batches"}
+
+
+def test_what_is_compiled(tmp_path):
+    """Nothing of ours; an optimizer of the user's own may."""
+    (ours,) = [
+        f for f in findings({}, load(write_config(tmp_path)), ranks=1) if f.check == "compile"
+    ]
+    assert ours.found == "nothing of the run needs a compiler"
+    config = load(write_config(tmp_path), ['optimizer={name="torch.optim:Adam"}'])
+    (own,) = [f for f in findings({}, config, ranks=1) if f.check == "compile"]
+    assert own.found.startswith("what torch.optim:Adam compiles is its own affair")
 
 
 # --- each finding, with what makes it ------------------------------------------------------------

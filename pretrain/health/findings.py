@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from pretrain.config import Config
+from pretrain.config_optim import OwnOptimizer
 from pretrain.health.batches import batch_findings
 from pretrain.health.finding import Finding, listed
 from pretrain.quantities import human_bytes
@@ -52,6 +53,7 @@ def findings(
     if len(facts) > 1 and master:
         text = f"all find {master}, and none gives itself a loopback address"
         found += _check("names", _names(facts, master, interface), text)
+    found.append(Finding("compile", "ok", _compiled_text(config)))
     text = f"work in every step for all of {ranks} rank(s)"
     return found + _check("batches", batch_findings(config, ranks), text)
 
@@ -292,6 +294,13 @@ def _locks(facts: Facts) -> _Problems:
             f"rm {path}",
             tuple(hosts),
         )
+
+
+def _compiled_text(config: Config) -> str:
+    """What is compiled while the run goes on; a compiler that is missing would end it there."""
+    if isinstance(config.optimizer, OwnOptimizer):
+        return f"what {config.optimizer.name} compiles is its own affair; nothing else is"
+    return "nothing of the run needs a compiler"
 
 
 def _port(facts: Facts, port: int | None) -> _Problems:
