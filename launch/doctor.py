@@ -93,10 +93,12 @@ def ask_hosts(job: "Job", timeout: int) -> tuple[dict[str, Any], list["Finding"]
     return facts, found
 
 
-def on_hosts(job: "Job", work: Callable[[str | None], Any]) -> dict[str, Any]:
-    """`work` for each host of the job at once (None: this machine), by the host's name."""
+def on_hosts(
+    job: "Job", work: Callable[[str | None], Any], at_once: int = _AT_ONCE
+) -> dict[str, Any]:
+    """`work` for each host of the job (None: this machine), so many at once, by the host's name."""
     hosts: Sequence[str | None] = job.hosts or (None,)
-    with ThreadPoolExecutor(min(len(hosts), _AT_ONCE)) as pool:
+    with ThreadPoolExecutor(min(len(hosts), at_once)) as pool:
         answers = list(pool.map(work, hosts))
     return {host or os.uname().nodename: one for host, one in zip(hosts, answers, strict=True)}
 

@@ -29,7 +29,9 @@ def execute(script: Script, job: Job) -> int:
     for path, content in script.files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+            aside = path.with_name(f".{path.name}.{os.getpid()}")  # other nodes may read it now
+            aside.write_text(content, encoding="utf-8")
+            aside.replace(path)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror}\n"
@@ -41,11 +43,11 @@ def execute(script: Script, job: Job) -> int:
     handlers = {number: signal.signal(number, asked.receive) for number in signals}
     try:
         code = _wait(running, script.least or len(running))
-        # Launchers in between do not pass on the code of a rank.
-        return STOPPED if code and asked.at is not None else code
+        # Launchers in between make 1 of a rank's 75, or are ended once their ranks are.
+        made_way = asked.at is not None and (code in (STOPPED, 1) or code >= 128)
+        return STOPPED if made_way else code
     finally:
-        for one in running:
-            one.end()
+        _end(running)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -58,18 +60,24 @@ class _Running:
         self.host = command.host
         environment = {name: os.environ[name] for name in LOCAL_ONLY if name in os.environ}
         if self.host is None:
-            line = [sys.executable, "-m", "launch.node", *command.arguments]
+            line = [sys.executable, *command.guarded]
             environment |= command.environment
         else:
             line = on_host(job, command)
-        self.process = subprocess.Popen(
-            line,
-            env=environment,
-            cwd=command.directory if self.host is None else None,
-            stdin=subprocess.PIPE,
-            stderr=None if self.host is None else subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the launch alone
-        )
+        try:
+            self.process = subprocess.Popen(
+                line,
+                env=environment,
+                cwd=command.directory if self.host is None else None,
+                stdin=subprocess.PIPE,
+                stderr=None if self.host is None else subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the launch alone
+            )
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or line[0]}: {error.strerror}\n"
+                "  cure: install ssh, or check launch.directory of the profile"
+            ) from None
         self._last_words = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         if self.host is not None:
@@ -82,14 +90,9 @@ class _Running:
             self.process.stdin.flush()
 
     def end(self) -> None:
-        """The command gone, wherever it runs."""
+        """The command is to end, wherever it runs; returns at once."""
         with suppress(OSError, ValueError):
             self.process.stdin.close()
-        try:
-            self.process.wait(GRACE_SECONDS + 5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
     def code(self) -> int | None:
         """Its exit code, 128 + N where signal N ended it; None while it runs."""
@@ -137,8 +140,7 @@ class _Asked:
                 one.ask()
         elif now > self.at + _AGAIN_SECONDS:
             for one in self._running:
-                with suppress(OSError, ValueError):
-                    one.process.stdin.close()
+                one.end()
 
 
 def _wait(running: list[_Running], least: int) -> int:
@@ -157,6 +159,18 @@ def _wait(running: list[_Running], least: int) -> int:
             else:
                 ended_well += 1
         if left and deadline and time.monotonic() > deadline:
-            for one in left:
-                one.end()
+            _end(left)
     return first
+
+
+def _end(running: list[_Running]) -> None:
+    """All commands gone, on all hosts at the same time."""
+    for one in running:
+        one.end()
+    deadline = time.monotonic() + GRACE_SECONDS + 5
+    for one in running:
+        try:
+            one.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()

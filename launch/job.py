@@ -2,12 +2,13 @@
 
 import fnmatch
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launch.site import Site
+from launch.site import HOST_NAME, Site
 from pretrain.config import Config
 from pretrain.errors import UserError
 
@@ -15,11 +16,13 @@ from pretrain.errors import UserError
 # what has tokens and keys in it (HF_TOKEN, WANDB_API_KEY, AWS_*, MLFLOW_*) is not here.
 FORWARDED = (
     "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF",
+    "CUDA_HOME", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "HF_HOME",
-    "HF_HUB_OFFLINE", "TMPDIR",
+    "HF_HUB_OFFLINE",
     "NCCL_*", "GLOO_*", "FI_*", "UCX_*", "TORCH_NCCL_*", "TORCH_CPP_LOG_LEVEL", "DS_ACCELERATOR",
 )  # fmt: skip
+# What has a meaning on this machine alone.
+HERE = ("CUDA_VISIBLE_DEVICES", "TMPDIR")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Job:
     directory: Path
     python: str
     environment: dict[str, str] = field(repr=False)
+    chosen: tuple[str, ...] = ()  # hosts by --hosts or --include, for Slurm
+    excluded: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -103,7 +108,8 @@ def make_job(
     hosts = hosts[:nodes]
     directory = launching.directory or Path.cwd()
     # In a container of a launch: what that launch has passed on.
-    more = filter(None, environment.get("ANTHESIS_FORWARD", "").split(","))
+    more = [name for name in environment.get("ANTHESIS_FORWARD", "").split(",") if name]
+    more += [*HERE] if nodes == 1 and not hosts else []
     return Job(
         config_path=(directory / config_path) if launching.directory else config_path.absolute(),
         overrides=tuple(overrides),
@@ -119,6 +125,11 @@ def make_job(
     )
 
 
+def is_host_name(text: str) -> bool:
+    """Whether a text needs no quoting anywhere."""
+    return re.fullmatch(HOST_NAME, text) is not None
+
+
 def let_through(environment: Mapping[str, str], more: Iterable[str] = ()) -> dict[str, str]:
     """The variables that may reach other hosts, scripts and logs."""
     patterns = (*FORWARDED, *more)
@@ -130,8 +141,12 @@ def let_through(environment: Mapping[str, str], more: Iterable[str] = ()) -> dic
 
 
 def select_hosts(job: Job, include: Iterable[str], exclude: Iterable[str]) -> Job:
-    """The job on some of its hosts only; raises UserError for a host that it has not."""
+    """The job on some of its hosts only; raises UserError for a host that it has not. Where it
+    names none, they are kept for Slurm to choose by."""
     include, exclude = tuple(include), tuple(exclude)
+    job = replace(job, chosen=include, excluded=exclude)
+    if not job.hosts and all(map(is_host_name, (*include, *exclude))):
+        return job
     if unknown := sorted({*include, *exclude} - set(job.hosts)):
         raise UserError(
             f"--include/--exclude: {', '.join(unknown)}\n"

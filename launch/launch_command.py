@@ -17,6 +17,13 @@ BACKENDS = {
     "slurm": "an sbatch script whose tasks are the ranks",
     "docker": "a container on each node",
 }
+_ONLY = {
+    "no_ssh": ("torchrun", "deepspeed", "accelerate", "docker"),
+    "node_rank": ("torchrun", "deepspeed", "accelerate", "docker"),
+    "elastic": ("torchrun",),
+    "restarts": ("local", "torchrun", "accelerate"),
+    "accelerate_config": ("accelerate",),
+}
 FILES = ("deepspeed", "accelerate", "slurm", "docker", "hostfile")
 
 
@@ -31,7 +38,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, metavar="N", help="of this node; implies --no-ssh")
     parser.add_argument("--elastic", metavar="LEAST:MOST", type=_range,
                         help="torchrun: the nodes that may come and go")  # fmt: skip
-    parser.add_argument("--restarts", type=int, default=0, metavar="N",
+    parser.add_argument("--restarts", type=positive, default=0, metavar="N",
                         help="torchrun, accelerate: of the ranks after a failure (0)")  # fmt: skip
     parser.add_argument("--accelerate-config", type=Path, metavar="YAML",
                         help="your own; must not contradict the run config")  # fmt: skip
@@ -51,7 +58,8 @@ def run_launch(options: argparse.Namespace) -> int:
     from launch.execute import execute
     from pretrain.foreign import check_foreign, of_deepspeed
 
-    job = job_of(options)
+    _refuse_unknown(options)
+    job = job_of(options, queue=options.backend == "slurm")
     if options.deepspeed_config:
         found = of_deepspeed(options.deepspeed_config)
         check_foreign(found, job.config, nodes=job.nodes, ranks=job.ranks)
@@ -71,7 +79,7 @@ def run_launch(options: argparse.Namespace) -> int:
 
 def run_render(options: argparse.Namespace) -> None:
     """Print one of the files."""
-    job = job_of(options)
+    job = job_of(options, queue=options.file == "slurm")
     if options.file == "deepspeed":
         from pretrain.deepspeed_settings import deepspeed_settings
 
@@ -92,6 +100,18 @@ def run_render(options: argparse.Namespace) -> None:
         from launch.backends.deepspeed import hostfile_text
 
         print(hostfile_text(job), end="")
+
+
+def _refuse_unknown(options: argparse.Namespace) -> None:
+    """Raise UserError for options that the backend does not have."""
+    from pretrain.errors import UserError
+
+    for name, backends in _ONLY.items():
+        if getattr(options, name) not in (None, False, 0) and options.backend not in backends:
+            raise UserError(
+                f"--{name.replace('_', '-')} with {options.backend}\n"
+                f"  rule: it is for {', '.join(backends)}\n  cure: leave it out"
+            )
 
 
 def _range(text: str) -> tuple[int, int]:

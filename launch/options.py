@@ -29,8 +29,9 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where ranks meet (default: first host, launch.port)")  # fmt: skip
 
 
-def job_of(options: argparse.Namespace) -> "Job":
-    """The job that the options describe; raises ConfigError and UserError."""
+def job_of(options: argparse.Namespace, queue: bool = False) -> "Job":
+    """The job that the options describe; raises ConfigError and UserError. With a `queue` nodes are
+    chosen by it, and hosts only say which it may choose."""
     from launch.job import make_job, select_hosts
     from launch.site import Site, load_site
     from pretrain.config_file import load, validate
@@ -46,6 +47,15 @@ def job_of(options: argparse.Namespace) -> "Job":
     changed, problems = validate(type(site), tree | {"launch": tree["launch"] | changes})
     if changed is None:
         raise ConfigError("--hosts, --master", problems)
+    if queue:
+        chosen = options.include or options.hosts
+        nodes = options.nodes or len(chosen) or None
+        launching = changed.launch.model_copy(update={"hosts": ()})
+        nodes = nodes or len(changed.launch.hosts) or changed.nodes
+        changed = changed.model_copy(update={"launch": launching})
+        job = make_job(config, Path(options.config), options.overrides, changed, nodes=nodes,
+                       ranks_per_node=options.ranks_per_node)  # fmt: skip
+        return select_hosts(job, chosen, options.exclude)
     job = make_job(
         config,
         Path(options.config),

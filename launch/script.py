@@ -10,18 +10,29 @@ from launch.job import Job
 _SSH = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5",
         "-o", "ServerAliveCountMax=3")  # fmt: skip
 # What programs need to find themselves and the user's keys; it stays on this machine.
-LOCAL_ONLY = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SSH_AUTH_SOCK", "SHELL")
+LOCAL_ONLY = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SSH_AUTH_SOCK", "SHELL", "KRB5CCNAME",
+    "LD_LIBRARY_PATH", "SLURM_CONF", "SLURM_CLUSTERS", "DOCKER_HOST", "DOCKER_CONFIG",
+    "DOCKER_CONTEXT", "XDG_RUNTIME_DIR", "CONTAINERS_CONF", "CONTAINERS_STORAGE_CONF",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Command:
     """One command of a launch, to be run on a host (None: this one) in `directory` with no more
-    than `environment`."""
+    than `environment`; `after` it, however it ends, another one."""
 
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     directory: Path | None = None
     host: str | None = None
+    after: tuple[str, ...] = ()
+
+    @property
+    def guarded(self) -> tuple[str, ...]:
+        """Arguments of `python`: the command below its guard."""
+        after = ("--after", *self.after, "--") if self.after else ()
+        return ("-m", "launch.node", *after, *self.arguments)
 
     def text(self) -> str:
         """As a line of shell that does the same."""
@@ -54,11 +65,7 @@ class Script:
 
 def on_host(job: Job, command: Command) -> list[str]:
     """The local command that runs `command` on its host: its end of input ends it there too."""
-    guarded = Command(
-        (job.python, "-m", "launch.node", *command.arguments),
-        command.environment,
-        command.directory,
-    )
+    guarded = Command((job.python, *command.guarded), command.environment, command.directory)
     return ssh(job, command.host or "localhost", guarded.text())
 
 

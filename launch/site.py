@@ -7,14 +7,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ByteSize, Field
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from pretrain.config_base import AbsolutePath, Positive, Section
 from pretrain.config_file import load_as, read_toml
 from pretrain.quantities import Duration
 
 # Names that need no quoting anywhere: hosts go into host files and options of other programs.
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+HOST_NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$"
+HostName = Annotated[str, Field(pattern=HOST_NAME)]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\*?$")]
 
@@ -68,7 +69,8 @@ class Slurm(Section):
     time: Duration = Field(Duration(20 * 3600, "s"), description="limit of one job")
     warning: Duration = Field(
         Duration(300, "s"),
-        description="so long before the limit the run saves a checkpoint and makes way",
+        description="so long before the limit the run saves a checkpoint and makes way; more than "
+        "a step and a checkpoint take",
     )
     chain: Literal["requeue", "singleton", "array"] = Field(
         "requeue",
@@ -84,6 +86,12 @@ class Slurm(Section):
     container: Line | None = Field(None, description="an image to run in")
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
     mounts: tuple[Line, ...] = Field((), description="SOURCE:TARGET, for the container")
+
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> "Slurm":
+        if self.warning.value >= self.time.value:
+            raise ValueError(f"warning = {self.warning} must be shorter than time = {self.time}")
+        return self
 
 
 class Docker(Section):

@@ -46,7 +46,9 @@ def speed_findings(job: "Job", hosts: Sequence[str], timeout: int) -> list[Findi
         return read_facts(output) or last
 
     link = getattr(getattr(job.site, "network", None), "between", None)
-    return judge(on_hosts(job, measure), link.gbytes_per_s if link else None)
+    return judge(
+        on_hosts(job, measure, at_once=max(1, len(hosts))), link.gbytes_per_s if link else None
+    )
 
 
 def judge(

@@ -45,7 +45,7 @@ from pretrain.optim.own import check_own
 from pretrain.quantities import human_count
 from pretrain.rank_table import RankRow, batch_arithmetic, rank_table
 from pretrain.recipe import Clock
-from pretrain.stopping import STOPPED, asked_by
+from pretrain.stopping import STOPPED, StopAsked, asked_by
 from pretrain.sync.registry import build_sync, members_of
 
 _FIRST_LOOK_SAMPLES = 16
@@ -67,8 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         config = load(options.config, options.overrides)
         check_foreign(of_environment(), config, ranks=placement().size)
-        with join_world(config.timeout.value) as world:
-            clock = train_run(config, world)
+        try:
+            with join_world(config.timeout.value) as world:
+                clock = train_run(config, world)
+        except StopAsked:
+            return STOPPED
         if config.build_recipe().done(clock):
             return 0
         if world.is_first:
@@ -99,7 +102,7 @@ def train_run(config: Config, world: World) -> Clock:
         check_own(config.optimizer)
     # Replicas that meet seldom talk over slow links, where gloo's patience is what is wanted.
     world = split_world(world, config.mesh.shard_ranks, not config.sync.facts.every_step)
-    _show_ranks(config, world)
+    ranks = _show_ranks(config, world)
     _look_at_hosts(config, world)
     members = members_of(config, world)
     corpus, held_out = open_data(config, world)
@@ -107,6 +110,7 @@ def train_run(config: Config, world: World) -> Clock:
     checkpoints = checkpoints_of(config, corpus, world)
     if world.is_first:
         _prepare_directory(config)
+        (config.run_directory / "ranks.txt").write_text(rank_table(ranks, full=True) + "\n")
     world.barrier()
     newest = checkpoints.newest()
     if newest is None and config.start == "resume":
@@ -157,8 +161,8 @@ def train_run(config: Config, world: World) -> Clock:
     return clock
 
 
-def _show_ranks(config: Config, world: World) -> None:
-    """The table of all ranks, and how the batch is dealt to them."""
+def _show_ranks(config: Config, world: World) -> list[RankRow]:
+    """Show all ranks, and how the batch is dealt to them; the ranks."""
     device = str(world.device)
     if world.device.type == "cuda":
         device += f" {torch.cuda.get_device_name(world.device)}"
@@ -174,6 +178,7 @@ def _show_ranks(config: Config, world: World) -> None:
     if world.is_first:
         print(rank_table(rows))
         print(batch_arithmetic(config, config.build_recipe(), world.size), flush=True)
+    return rows
 
 
 def _look_at_hosts(config: Config, world: World) -> None:
@@ -246,16 +251,24 @@ def open_data(config: Config, world: World) -> tuple[Corpus, Corpus | None]:
 
 
 def _prepare_directory(config: Config) -> None:
-    """Make the run's folder; move an earlier run aside where asked."""
-    folder = config.run_directory
+    """Make the run's folder; move an earlier run aside where asked. What launches the run has a
+    folder there, which stays."""
+    folder, launch = config.run_directory, config.run_directory / "launch"
+    # A job that was put back in the queue is the same start again, and so are ranks that torchrun
+    # has started again.
+    names = ("SLURM_RESTART_COUNT", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RESTART_COUNT")
+    again = any(os.environ.get(name, "0") not in ("0", "") for name in names)
     try:
-        if config.start == "fresh" and folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.start == "fresh" and not again and {*folder.iterdir()} - {launch}:
             number = 1
             while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
                 number += 1
             folder.rename(aside)
+            folder.mkdir()
+            if (aside / "launch").exists():
+                (aside / "launch").rename(launch)
             print(f"start=fresh: the earlier run now lies in {aside}")
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -113,7 +113,7 @@ def test_sigterm_ends_everything(node, tmp_path):
     process = node("sh", "-c", FAMILY + "wait; sleep 300")
     pids = pids_of(tmp_path, 5)
     process.terminate()
-    process.wait(20)
+    assert process.wait(20) == 128 + signal.SIGTERM  # no success: others would wait for this host
     wait_for(lambda: not any(map(runs, pids)), 5)
 
 
@@ -150,12 +150,25 @@ def test_stop_before_there_are_ranks(node, tmp_path):
     assert (tmp_path / "launcher.got").read_text() == "SIGTERM\n"
 
 
-@pytest.fixture
-def launched(tmp_path):
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_comes_after_comes_however_it_ends(node, tmp_path, code):
+    process = node("--after", "touch", "removed", "--", "sh", "-c", f"exit {code}")
+    assert process.wait(20) == code
+    assert (tmp_path / "removed").exists()
+    (tmp_path / "removed").unlink()
+    process = node("--after", "touch", "removed", "--", "sleep", "300")
+    process.stdin.close()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert (tmp_path / "removed").exists()
+
+
+@pytest.fixture(params=[0, 3], ids=["once", "with restarts"])
+def launched(tmp_path, request):
     """A launch of two ranks that trains, its config, and all its processes."""
     path = long_config(tmp_path)
+    restarts = [f"--restarts={request.param}"] if request.param else []
     process = subprocess.Popen(
-        [ANTHESIS, "launch", "local", str(path), "--ranks-per-node=2"], text=True,
+        [ANTHESIS, "launch", "local", str(path), "--ranks-per-node=2", *restarts], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     everyone = []

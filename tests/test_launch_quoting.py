@@ -181,7 +181,8 @@ def test_containers(tmp_path, programs, capsys):
                             launch__directory=str(tmp_path))  # fmt: skip
     last = [config, *OVERRIDES, "--cluster", profile]
     assert programs.shell(shown(capsys, "launch", "docker", *last, "--dry-run")).returncode == 0
-    first, _ = sorted(programs.taken(), key=lambda record: record["env"]["HOST"])
+    runs = [record for record in programs.taken() if "run" in record["argv"]]  # then they remove
+    first, _ = sorted(runs, key=lambda record: record["env"]["HOST"])
     argv = first["argv"]
     inside = ["launch", "torchrun", str(config), *OVERRIDES, "--nodes", "2", "--ranks-per-node",
               "2", "--node-rank", "0", "--master", "one:23456"]  # fmt: skip
@@ -215,8 +216,9 @@ def test_what_a_profile_sets_reaches_workers_in_containers(tmp_path, programs, c
                             launch__join_timeout="77 s")  # fmt: skip
     line = ["docker", write_config(tmp_path), "--cluster", profile, "--node-rank=0"]
     assert anthesis(["launch", *map(str, line)]) == 0
-    (record,) = programs.taken()
+    removed, record = sorted(programs.taken(), key=lambda record: "run" in record["argv"])
     argv = record["argv"]
+    assert removed["argv"][-3:] == ["rm", "--force", "tiny-node0"]
     inside = argv[argv.index("anthesis") + 1 :]
     variables = [argv[k + 1] for k, word in enumerate(argv) if word == "--env"]
     inner = {"PATH": os.environ["PATH"], **dict(pair.split("=", 1) for pair in variables)}

@@ -66,6 +66,26 @@ def test_srun_as_one_task_is_one_rank():
     assert placement(job) == Placement()
 
 
+def test_mpirun_inside_a_job():
+    """Ranks that it starts inherit the variables of the step that started it on their node."""
+    told = SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_RANK": "9",
+                    "OMPI_COMM_WORLD_SIZE": "16", "MASTER_ADDR": "m"}  # fmt: skip
+    assert (placement(told).rank, placement(told).size) == (9, 16)
+
+
+def test_a_step_of_several_parts_wants_a_meeting_place():
+    """Its numbers are of all parts, its nodes of one."""
+    told = SLURM | {"SLURM_NODEID": "5", "SLURM_STEP_NUM_TASKS": "40"}
+    with pytest.raises(UserError, match="40 ranks, but MASTER_ADDR"):
+        placement(told)
+    assert placement(told | {"MASTER_ADDR": "m"}).hosts == ()
+
+
+def test_two_steps_of_a_job_do_not_meet():
+    ports = {placement(SLURM | {"SLURM_STEP_ID": str(step)}).master[1] for step in range(3)}
+    assert len(ports) == 3
+
+
 def test_open_mpi():
     told = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4",
             "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
@@ -192,6 +212,27 @@ def test_two_ranks_on_one_gpu_are_refused_on_both():
     assert all("has the GPU GPU-4711 too" in text and "cure:" in text for text in errors)
 
 
+def test_a_host_without_its_gpu_is_named():
+    """Its driver is broken: it would talk by gloo, the others by NCCL, and all wait."""
+    port, errors = free_port(), []
+
+    def come(rank):
+        place = Placement(rank, 2, 0, 1, ("127.0.0.1", port), join_seconds=20)
+        try:
+            meet(place, gpu="GPU-1" if rank == 0 else None)
+        except UserError as error:
+            errors.append(str(error))
+
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+        time.sleep(0.5)
+    for rank in ranks:
+        rank.join(30)
+    assert len(errors) == 2
+    assert all("has no GPU, others have a GPU" in text for text in errors)
+
+
 def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
     process = start_rank(write_config(tmp_path), 0, 2, port := free_port())
     deadline = time.monotonic() + 60
@@ -200,5 +241,5 @@ def test_a_rank_that_waits_for_others_hears_signals(tmp_path):
         time.sleep(0.1)
     process.terminate()
     code, said = ended(process)
-    assert code == 2
+    assert code == 75
     assert "ended by SIGTERM while waiting for the other ranks" in said

@@ -24,7 +24,7 @@ DILOCO = ["mesh.shard_ranks=1", 'sync={method="diloco", every_steps=4}']
 WAITS = """
 import time
 from pretrain import stopping
-stopping._AGAIN_SECONDS = 1.0
+stopping._AGAIN_SECONDS = {15: 1.0}
 with stopping.listening():
     print("ready", flush=True)
     while True:

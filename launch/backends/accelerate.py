@@ -1,8 +1,9 @@
 """`accelerate launch`: its file says how processes start and nothing about training."""
 
+from launch.backends import local
 from launch.backends.nodes import How, each_node
 from launch.job import Job
-from launch.script import Command, Script
+from launch.script import Script
 from pretrain.errors import UserError
 from pretrain.foreign import check_foreign, of_accelerate
 
@@ -21,8 +22,7 @@ def script(job: Job, how: How) -> Script:
                 f"{own}: for one process\n  rule: accelerate starts two at least\n"
                 "  cure: --ranks-per-node 2, or `anthesis launch local`"
             )
-        worker = (job.python, "-m", "pretrain", *job.arguments)
-        return Script((Command(worker, job.worker_environment, job.directory),))
+        return local.script(job, how)
     path = own.absolute() if own else job.folder / "accelerate.yaml"
 
     def arguments(rank: int) -> list[str]:

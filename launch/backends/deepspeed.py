@@ -22,8 +22,8 @@ _PATIENT_SSH = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5"
 def script(job: Job, how: How) -> Script:
     """The launcher on this node, or on each with `--no_ssh`."""
     if job.nodes == 1 and not job.hosts:
-        ranks = ("--num_accelerators", str(job.ranks_per_node), "--master_port", str(job.port))
-        line = (*_launcher(job), *ranks, "--module", "pretrain", *job.arguments)
+        line = (*_launcher(job), *_devices(job), "--master_port", str(job.port), "--module",
+                "pretrain", *job.arguments)  # fmt: skip
         return Script((Command(line, job.worker_environment, job.directory),))
     if not job.hosts:
         raise UserError(
@@ -50,6 +50,21 @@ def script(job: Job, how: How) -> Script:
     line = (*common, "--force_multi", "--launcher", "pdsh", "--module", "pretrain",
             *plain_arguments(job.arguments))  # fmt: skip
     return Script((Command(line, environment | ssh, job.directory),), files)
+
+
+def _devices(job: Job) -> tuple[str, ...]:
+    """So many of those that are visible, which its launcher forgets where it is given a number."""
+    visible = job.environment.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible:
+        return "--num_accelerators", str(job.ranks_per_node)
+    numbers = visible.split(",")[: job.ranks_per_node]
+    if len(numbers) < job.ranks_per_node:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible}: {len(numbers)} for {job.ranks_per_node} ranks\n"
+            "  rule: a rank has a GPU of its own\n"
+            f"  cure: --ranks-per-node {len(numbers)}, or let more be seen"
+        )
+    return "--include", f"localhost:{','.join(numbers)}"
 
 
 def hostfile_text(job: Job) -> str:

@@ -2,13 +2,12 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from launch.backends.mounts import mounts_of
 from launch.backends.nodes import How, each_node
 from launch.job import Job
 from launch.script import Script
-from pretrain.errors import UserError
 
 
 def script(job: Job, how: How) -> Script:
@@ -29,7 +28,10 @@ def script(job: Job, how: How) -> Script:
             *_inside(job, rank, master),
         ]
 
-    return each_node(job, how, arguments)
+    def after(rank: int) -> tuple[str, ...]:
+        return docker.engine, "rm", "--force", names[rank]
+
+    return each_node(job, how, arguments, after)
 
 
 def compose_text(job: Job) -> str:
@@ -75,24 +77,6 @@ def compose_text(job: Job) -> str:
     return str(yaml.dump(_escaped(tree), Dumper=Quoting, sort_keys=False, width=1000))
 
 
-def mounts_of(job: Job) -> dict[Path, bool]:
-    """The folders that a run needs at the same place in its container, and whether it writes there;
-    those that lie in another are left out."""
-    data = job.config.data
-    read = [source.path.parent for source in data.sources] + [job.config_path.parent]
-    read += [data.tokenizer] if data.tokenizer else []
-    write = [job.directory, _nearest(job.config.directory)]
-    write += [data.index_directory] if data.index_directory else []
-    found: dict[Path, bool] = {}
-    for path, writable in [*((p, True) for p in write), *((p, False) for p in read)]:
-        if not any(path.is_relative_to(p) for p in found):
-            found = {
-                p: w for p, w in found.items() if not (p.is_relative_to(path) and w <= writable)
-            }
-            found[path] = writable
-    return found
-
-
 def _inside(job: Job, rank: int, master: str) -> list[str]:
     """The command in the container of a node."""
     if job.ranks == 1:
@@ -113,20 +97,9 @@ def _told(job: Job) -> dict[str, str]:
 def _mount_options(job: Job) -> list[str]:
     options = []
     for path, writable in mounts_of(job).items():
-        if {",", '"', "\n"} & set(str(path)):
-            raise UserError(
-                f"docker: {path}: cannot be mounted\n"
-                "  rule: no comma, quote or line break in a path that a container gets\n"
-                "  cure: rename the folder, or link to it"
-            )
         mode = "" if writable else ",readonly"
         options += ["--mount", f"type=bind,source={path},target={path}{mode}"]
     return options + [word for mount in job.site.docker.mounts for word in ("--volume", mount)]
-
-
-def _nearest(path: Path) -> Path:
-    """A folder that is there and in which `path` is or will be: others cannot be mounted."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _parts(mount: str) -> dict[str, Any]:

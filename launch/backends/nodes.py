@@ -19,15 +19,19 @@ class How:
     elastic: tuple[int, int] | None = None  # least and most nodes
     restarts: int = 0
     accelerate_config: Path | None = None
-    deepspeed_config: Path | None = None
 
 
-def each_node(job: Job, how: How, arguments: Callable[[int], list[str]]) -> Script:
-    """`arguments(node rank)` on every node: over ssh, or only this node's part."""
+def each_node(
+    job: Job,
+    how: How,
+    arguments: Callable[[int], list[str]],
+    after: Callable[[int], tuple[str, ...]] = lambda rank: (),
+) -> Script:
+    """`arguments(node rank)` on every node, and `after` it: over ssh, or only this node's part."""
     environment = job.worker_environment
 
     def command(rank: int, host: str | None) -> Command:
-        return Command(tuple(arguments(rank)), environment, job.directory, host)
+        return Command(tuple(arguments(rank)), environment, job.directory, host, after(rank))
 
     if job.nodes == 1 and not (job.hosts and how.ssh):
         return Script((command(0, None),))

@@ -4,13 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+from launch.backends.mounts import mounts_of
 from launch.backends.nodes import How
-from launch.job import Job
+from launch.job import HERE, Job
 from launch.script import Command, Script
 from pretrain.errors import UserError
 from pretrain.stopping import STOPPED
 
 _TEMPLATE = Path(__file__).parents[1] / "templates" / "slurm.sh"
+# Slurm sets them itself, or the tasks read what it says.
+_OF_OTHERS = {"ANTHESIS_HOSTS", *HERE}
 _REQUEUE = """\
 if [ "$code" -eq @STOPPED@ ]; then
     scontrol requeue "${SLURM_JOB_ID}" && sleep 60  # Slurm ends this script meanwhile
@@ -22,6 +25,11 @@ _CHAIN = """\
 def script(job: Job, how: How) -> Script:
     """The script and its submission; a chain of singletons is submitted as often as it has jobs."""
     slurm = job.site.slurm
+    if job.config.start == "fresh" and slurm.chain == "singleton" and slurm.jobs > 1:
+        raise UserError(
+            "start=fresh in a chain of jobs\n  rule: each of them would begin anew\n"
+            '  cure: start=auto, after the earlier run was moved; or slurm.chain = "array"'
+        )
     path = job.folder / "slurm.sh"
     times = slurm.jobs if slurm.chain == "singleton" else 1
     submit = Command(("sbatch", str(path)), {}, job.directory)
@@ -31,13 +39,14 @@ def script(job: Job, how: How) -> Script:
 def script_text(job: Job) -> str:
     """The sbatch script of a job."""
     slurm = job.site.slurm
-    environment = {k: v for k, v in job.worker_environment.items() if k != "ANTHESIS_HOSTS"}
+    environment = {k: v for k, v in job.worker_environment.items() if k not in _OF_OTHERS}
+    if master := job.site.launch.master:
+        environment["MASTER_ADDR"] = master
+    load = [f"module load {shlex.quote(name)} || exit 2" for name in slurm.modules]
     return _fill(
         _TEMPLATE.read_text(encoding="utf-8"),
         SBATCH="\n".join(f"#SBATCH {line}" for line in _directives(job)),
-        SETUP="\n".join(
-            [*(f"module load {shlex.quote(name)}" for name in slurm.modules), *slurm.setup]
-        ),
+        SETUP="\n".join([*load, *slurm.setup]),
         DIRECTORY=shlex.quote(str(job.directory)),
         EXPORTS="\n".join(f"export {k}={shlex.quote(v)}" for k, v in environment.items()),
         SRUN=shlex.join(_srun(job)),
@@ -63,6 +72,7 @@ def _directives(job: Job) -> list[str]:
         "ntasks-per-node": job.ranks_per_node, "cpus-per-task": slurm.cpus_per_task,
         "gpus-per-node": job.ranks_per_node if slurm.gpus else None,
         "time": f"{minutes // 60}:{minutes % 60:02}:00", "signal": f"USR1@{slurm.warning.value}",
+        "nodelist": ",".join(job.chosen) or None, "exclude": ",".join(job.excluded) or None,
         "dependency": "singleton" if slurm.chain == "singleton" else None,
         "array": f"0-{slurm.jobs - 1}%1" if slurm.chain == "array" else None,
         "output": _quoted(output), "open-mode": "append", "export": "NONE",
@@ -102,7 +112,9 @@ def _worker(job: Job) -> list[str]:
 
 
 def _mounts(job: Job) -> list[str]:
-    return [f"{job.directory}:{job.directory}", *job.site.slurm.mounts]
+    own = [f"{path}:{path}" + ("" if writable else ":ro")
+           for path, writable in mounts_of(job).items()]  # fmt: skip
+    return [*own, *job.site.slurm.mounts]
 
 
 def _fill(template: str, **values: str) -> str:

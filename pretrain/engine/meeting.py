@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pretrain.engine.placement import Placement
 from pretrain.errors import UserError
-from pretrain.stopping import asked_by
+from pretrain.stopping import StopAsked, asked_by
 
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.5
 
@@ -32,7 +32,16 @@ def meet(place: Placement, gpu: str | None = None) -> dist.Store:
     store = dist.PrefixStore(attempt(), store)
     here = socket.gethostname()
     store.set(f"here/{place.rank}", here)
-    if gpu and store.add(f"gpu/{here}/{gpu}", 1) > 1:
+    kind = "a GPU" if gpu else "no GPU"
+    others = store.compare_set("device", "", kind).decode()
+    if kind != others:
+        store.set(
+            "refused",
+            f"rank {place.rank} on {here} has {kind}, others have {others}\n"
+            "  rule: all ranks are on GPUs, or all on processors\n"
+            "  cure: look at `nvidia-smi` there, or leave the host out (--exclude)",
+        )
+    elif gpu and store.add(f"gpu/{here}/{gpu}", 1) > 1:
         store.set(
             "refused",
             f"rank {place.rank}: another rank of {here} has the GPU {gpu} too\n"
@@ -60,7 +69,8 @@ def _await_all(store: dist.Store, place: Placement) -> None:
                     time.sleep(2 * _LONGEST_PAUSE_SECONDS)
                 raise UserError(text)
             if asked_by():
-                raise UserError(f"ended by {asked_by()} while waiting for the other ranks")
+                print(f"ended by {asked_by()} while waiting for the other ranks", flush=True)
+                raise StopAsked
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
     except RuntimeError as error:
@@ -69,7 +79,9 @@ def _await_all(store: dist.Store, place: Placement) -> None:
 
 def attempt() -> str:
     """What the keys of this attempt begin with: torchrun may start the ranks again."""
-    return f"anthesis/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    # And a job of Slurm may have several steps.
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RESTART_COUNT")
+    return "/".join(["anthesis", *(os.environ.get(name, "0") for name in names)])
 
 
 def _not_there(store: dist.Store, place: Placement) -> str:

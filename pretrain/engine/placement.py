@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pretrain.errors import UserError
 
 # Variables by launcher: rank, ranks in all, rank on this host, ranks on this host. The first whose
-# rank is there counts: torchrun under srun sets its own.
+# rank is there counts: torchrun and mpirun inside a job set their own.
 _LAUNCHERS = {
     "torchrun, deepspeed, accelerate": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                  "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }  # fmt: skip
 _JOIN_SECONDS = 600
 _FIRST_PORT, _PORTS = 12_000, 20_000  # below those that the kernel hands out itself
@@ -68,7 +68,10 @@ def _told(environment: Mapping[str, str], names: tuple[str, ...]) -> Placement:
     if names[0] == "SLURM_PROCID":
         hosts = expand_hosts(environment.get("SLURM_STEP_NODELIST", ""))
         ranks = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-        local_size = ranks[int(environment.get("SLURM_NODEID", 0))] if ranks else 1
+        if sum(ranks) != size:  # of one part of a step in several, whose numbers are of them all
+            hosts, ranks = (), ()
+        node = int(environment.get("SLURM_NODEID", 0))
+        local_size = ranks[node] if node < len(ranks) else 1
     else:
         # deepspeed has a name of its own for it.
         local_size = int(environment.get(names[3]) or environment.get("LOCAL_SIZE") or 1)
@@ -89,8 +92,9 @@ def _told(environment: Mapping[str, str], names: tuple[str, ...]) -> Placement:
 def _master(environment: Mapping[str, str], hosts: tuple[str, ...], size: int) -> tuple[str, int]:
     address = environment.get("MASTER_ADDR") or (hosts[0] if hosts else "")
     port = environment.get("MASTER_PORT")
-    if port is None and "SLURM_JOB_ID" in environment:  # two jobs of a node do not meet
-        port = str(_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS)
+    if port is None and "SLURM_JOB_ID" in environment:  # two jobs of a node, or steps, do not meet
+        step = int(environment.get("SLURM_STEP_ID", 0)) % 8
+        port = str(_FIRST_PORT + (8 * int(environment["SLURM_JOB_ID"]) + step) % _PORTS)
     if size > 1 and not (address and port):
         raise UserError(
             f"{size} ranks, but MASTER_ADDR={address or '(not set)'}, MASTER_PORT="

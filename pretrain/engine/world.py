@@ -206,4 +206,6 @@ def _own_gpu(place: Placement) -> torch.device:
 def _share_cores(ranks_here: int) -> None:
     """Give each rank of this machine its share of the cores, unless the launcher has decided."""
     if "OMP_NUM_THREADS" not in os.environ and ranks_here > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
+        # torch heeds the cores that Slurm has given this rank alone.
+        share = max(1, (os.cpu_count() or 1) // ranks_here)
+        torch.set_num_threads(min(torch.get_num_threads(), share))

@@ -306,4 +306,5 @@ def _answer(asked: subprocess.Popen[str] | None) -> list[dict[str, Any]] | str |
             for key, cell in zip(_GPU_FIELDS, row, strict=True)
         }
         for row in rows
+        if len(row) == len(_GPU_FIELDS)  # others are warnings
     ]

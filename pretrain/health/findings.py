@@ -263,8 +263,13 @@ def _shm(facts: Facts) -> _Problems:
     """Ranks on processors talk by gloo, which needs none."""
 
     def short(of: Mapping[str, Any]) -> bool:
-        gpus = of["gpus"] or []
-        return len(gpus) > 1 and of["shm"] is not None and of["shm"]["bytes"] < _GPU_SHM_BYTES
+        gpus = of["gpus"]
+        return (
+            isinstance(gpus, list)
+            and len(gpus) > 1
+            and of["shm"] is not None
+            and of["shm"]["bytes"] < _GPU_SHM_BYTES
+        )
 
     if hosts := _having(facts, short):
         size = min(facts[host]["shm"]["bytes"] for host in hosts)

@@ -29,6 +29,7 @@ from pretrain.wire import number_bytes
 if TYPE_CHECKING:
     from pretrain.engine.zero import ZeroEngine
 
+_AGREE_STEPS = 10
 _PIECE_ELEMENTS = 2**22  # of a message: one that stalls is noticed soon, even on a slow link
 
 
@@ -99,11 +100,11 @@ class OuterSync(ReplicaSync):
         return clock
 
     def agree(self, stop: bool, clock: Clock) -> bool:
-        """Replicas of a launch that step by themselves tell each other once in H steps."""
+        """Replicas of a launch that step by themselves tell each other every few steps."""
         if self.in_step:
             return stop
         self._stop |= stop
-        if clock.step % self._section.every_steps:
+        if clock.step % min(self._section.every_steps, _AGREE_STEPS):
             return False
         world = self._engine.world
         return world.sum(torch.tensor(float(self._stop), device=world.device)).item() > 0
