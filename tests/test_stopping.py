@@ -81,7 +81,9 @@ def whole(tmp_path_factory):
     return path, curve(path, ["name=whole"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name
+)
 def test_one_process(whole, number):
     path, losses = whole
     name = f"name={number.name}"

@@ -97,7 +97,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_unwritable_places_are_refused(tmp_path):
     path = write_config(tmp_path)
     (tmp_path / "a-file").write_text("not a folder")
-    assert "cannot be written" in refused(path, f"directory={tmp_path / 'a-file'}")
+    said = refused(path, f"directory={tmp_path / 'a-file'}")
+    assert "a file cannot be kept there: Not a directory" in said
 
 
 @pytest.fixture
