@@ -31,7 +31,13 @@ def submit(slurm, folder, path, *overrides, **section):
                 "nodes": 2,
                 "devices_per_node": RANKS_PER_NODE,
                 "launch": {"environment": {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}},
-                "slurm": {"partition": "debug", "gpus": False, "time": "60 s", **section},
+                "slurm": {
+                    "partition": "debug",
+                    "gpus": False,
+                    "time": "60 s",
+                    "warning": "40 s",
+                    **section,
+                },
             }
         )
     )
@@ -58,17 +64,17 @@ def test_a_run_goes_on_over_the_limits_of_its_jobs(slurm, tmp_path):
     path = write_config(
         tmp_path, validation={}, checkpoint={"every": "10000 steps"}, timeout="60 s",
         model={"vocab_size": 61, "hidden_size": 96, "layers": 4, "heads": 3},
-        recipe__train="3000 samples", recipe__learning_rate__decay="3000 samples",
+        recipe__train="9000 samples", recipe__learning_rate__decay="9000 samples",
     )  # fmt: skip
-    (job,) = submit(slurm, tmp_path, path, warning="40 s")
-    ended = slurm.wait_job(job, {"COMPLETED"}, 400)
+    (job,) = submit(slurm, tmp_path, path)
+    ended = slurm.wait_job(job, {"COMPLETED"}, 900)
     text = output(tmp_path, job)
     assert int(ended["Restarts"]) >= 1, text[-3000:]
     assert "by SIGUSR1; saved: the same command goes on from here" in text
     assert "hf_secret" not in text + (tmp_path / "runs/tiny/launch/slurm.sh").read_text()
 
     (job,) = submit(slurm, tmp_path, path, "name=whole", time="10 min", warning="60 s")
-    ended = slurm.wait_job(job, {"COMPLETED"}, 400)
+    ended = slurm.wait_job(job, {"COMPLETED"}, 900)
     assert int(ended["Restarts"]) == 0
     assert rows(tmp_path) == rows(tmp_path, "whole")
 
