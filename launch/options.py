@@ -47,24 +47,21 @@ def job_of(options: argparse.Namespace, queue: bool = False) -> "Job":
     changed, problems = validate(type(site), tree | {"launch": tree["launch"] | changes})
     if changed is None:
         raise ConfigError("--hosts, --master", problems)
+    nodes, include = options.nodes, options.include
     if queue:
-        chosen = options.include or options.hosts
-        nodes = options.nodes or len(chosen) or None
+        include = include or options.hosts
+        nodes = nodes or len(include) or len(changed.launch.hosts) or None
         launching = changed.launch.model_copy(update={"hosts": ()})
-        nodes = nodes or len(changed.launch.hosts) or changed.nodes
         changed = changed.model_copy(update={"launch": launching})
-        job = make_job(config, Path(options.config), options.overrides, changed, nodes=nodes,
-                       ranks_per_node=options.ranks_per_node)  # fmt: skip
-        return select_hosts(job, chosen, options.exclude)
     job = make_job(
         config,
         Path(options.config),
         options.overrides,
         changed,
-        nodes=options.nodes,
+        nodes=nodes,
         ranks_per_node=options.ranks_per_node,
     )
-    return select_hosts(job, options.include, options.exclude)
+    return select_hosts(job, include, options.exclude)
 
 
 def _names(text: str) -> tuple[str, ...]:

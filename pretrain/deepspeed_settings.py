@@ -7,7 +7,7 @@ from pretrain.wire import BUCKET_ELEMENTS, LIVE_ELEMENTS
 
 
 def deepspeed_settings(config: Engine) -> dict[str, Any]:
-    """DeepSpeed's own config, derived from ours: nothing in it is written by hand."""
+    """The JSON of an engine, as a tree."""
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET_ELEMENTS,
